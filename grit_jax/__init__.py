@@ -1,0 +1,1 @@
+"""GRIT in JAX: one language model that embeds and generates."""

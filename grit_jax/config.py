@@ -1,0 +1,407 @@
+"""The typed configuration: where a field is named, defaulted and documented.
+
+A file in `configs/` has a `get_config()` that builds a `Config`, edits it with
+`dataclasses.replace` and returns `config.to_config_dict(...)`. Flags override
+it (`--config.optimizer.learning_rate=1e-5`), and `config.resolve` turns the
+result once into the frozen dataclasses below, which the rest of the code reads.
+
+Batch sizes are global. A field that is 0 (or an empty string) is off.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+ATTENTION_MODES = ('bbcc', 'cccc', 'bccc', 'cbcc', 'bbbc')
+POOLINGS = ('mean', 'weightedmean', 'cls', 'lasttoken')
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message names the key."""
+
+
+def _check(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+  _check(
+    value in choices,
+    f'{key}={value!r} is not one of {", ".join(choices)}.',
+  )
+
+
+def _check_positive(group: str, config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(value > 0, f'{group}.{name}={value} must be greater than 0.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The decoder: Mistral's, or Llama's with `sliding_window=0`."""
+
+  vocab_size: int = 32000
+  embed_dim: int = 4096
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 8
+  head_dim: int = 128
+  mlp_dim: int = 14336
+  rope_theta: float = 10000.0
+  norm_epsilon: float = 1e-5
+  # A token sees the tokens less than this far away; 0: the whole segment. The
+  # reference trains Mistral without its window, and so do the recipes.
+  sliding_window: int = 0
+  tie_embeddings: bool = False
+  # The reference's letters, b(idirectional) or c(ausal), for embedding
+  # instruction, embedding text, generative instruction, generative text.
+  attention: str = 'bbcc'
+  pooling: str = 'mean'
+  # Width of a linear map from the pooled state to the embedding; 0: none.
+  projection_dim: int = 0
+  # Dtype of weights as stored, and of activations and gathered weights.
+  param_dtype: str = 'float32'
+  dtype: str = 'bfloat16'
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_positive(
+      'model', self, 'vocab_size', 'embed_dim', 'num_layers', 'num_heads',
+      'num_kv_heads', 'head_dim', 'mlp_dim', 'rope_theta', 'norm_epsilon',
+    )  # fmt: skip
+    _check(
+      self.num_heads % self.num_kv_heads == 0,
+      f'model.num_heads={self.num_heads} is not a multiple of '
+      f'model.num_kv_heads={self.num_kv_heads}.',
+    )
+    _check(
+      self.head_dim % 2 == 0,
+      f'model.head_dim={self.head_dim} must be even: rotary positions turn '
+      'pairs of features.',
+    )
+    _check(
+      self.sliding_window >= 0,
+      f'model.sliding_window={self.sliding_window} is negative; 0 is off.',
+    )
+    if len(self.attention) == 4 and self.attention[3] == 'b':
+      raise ConfigError(
+        f'model.attention={self.attention!r}: the fourth letter is the '
+        'generative text; bidirectional attention there would let the loss '
+        'see the answer.'
+      )
+    _check_choice('model.attention', self.attention, ATTENTION_MODES)
+    _check_choice('model.pooling', self.pooling, POOLINGS)
+    _check(
+      self.projection_dim >= 0,
+      f'model.projection_dim={self.projection_dim} is negative; 0 is off.',
+    )
+    _check_choice('model.dtype', self.dtype, ('float32', 'bfloat16'))
+    _check_choice(
+      'model.param_dtype', self.param_dtype, ('float32', 'bfloat16')
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """L = embedding_weight * L_rep + generative_weight * L_gen (paper, eq. 3)."""
+
+  mode: str = 'unified'  # unified, embedding, generative
+  embedding_weight: float = 1.0
+  generative_weight: float = 1.0
+  temperature: float = 0.02
+  # token: mean over all tokens. sample: mean over conversations of the mean
+  # over their tokens. mixed: mean over groups of the mean over their tokens.
+  generative_reduction: str = 'mixed'
+  # Groups of conversations for `mixed` (the recipe's 256 conversations in 8).
+  mixed_groups: int = 8
+
+  @property
+  def has_embedding(self) -> bool:
+    """Whether a step has the embedding stream."""
+    return self.mode in ('unified', 'embedding')
+
+  @property
+  def has_generative(self) -> bool:
+    """Whether a step has the generative stream."""
+    return self.mode in ('unified', 'generative')
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_choice(
+      'objective.mode', self.mode, ('unified', 'embedding', 'generative')
+    )
+    _check_choice(
+      'objective.generative_reduction',
+      self.generative_reduction,
+      ('token', 'sample', 'mixed'),
+    )
+    _check_positive('objective', self, 'temperature', 'mixed_groups')
+    for name in ('embedding_weight', 'generative_weight'):
+      _check(
+        getattr(self, name) >= 0,
+        f'objective.{name}={getattr(self, name)} is negative.',
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where records come from, and how a step's texts become rows."""
+
+  # Comma-separated: .jsonl files, folders of them, or `tfds:NAME[/CONFIG]`.
+  paths: str = ''
+  # A sentencepiece model; empty: one of `model.vocab_size` pieces is trained
+  # on the data and kept in the workdir.
+  tokenizer: str = ''
+  # Where tokenized data sets are kept; empty: `data` in the workdir.
+  cache_dir: str = ''
+  embedding_batch: int = 2048  # pairs a step
+  generative_batch: int = 256  # conversations a step
+  num_passages: int = 2  # a query: one positive, the others hard negatives
+  max_query_tokens: int = 256
+  max_passage_tokens: int = 2048
+  max_generative_tokens: int = 2048
+  row_length: int = 2048  # tokens a packed row
+  max_segments: int = 128  # texts a packed row, at most
+  # Shapes that a run's steps are padded to, each compiled once. Not used with
+  # `memory.chunk_rows`, where one shape fits every step.
+  row_buckets: int = 4
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check(bool(self.paths), 'data.paths is empty: name at least one file.')
+    _check_positive(
+      'data', self, 'embedding_batch', 'generative_batch', 'num_passages',
+      'max_query_tokens', 'max_passage_tokens', 'max_generative_tokens',
+      'row_length', 'max_segments', 'row_buckets',
+    )  # fmt: skip
+    for name in (
+      'max_query_tokens',
+      'max_passage_tokens',
+      'max_generative_tokens',
+    ):
+      _check(
+        getattr(self, name) <= self.row_length,
+        f'data.{name}={getattr(self, name)} does not fit a row of '
+        f'data.row_length={self.row_length} tokens.',
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its schedule, both from optax."""
+
+  learning_rate: float = 2e-5
+  schedule: str = 'linear'  # linear (to 0), cosine (to 0), constant
+  warmup_fraction: float = 0.03  # of the steps
+  beta1: float = 0.9
+  beta2: float = 0.999
+  epsilon: float = 1e-8
+  weight_decay: float = 0.0  # on matrices alone, not on norm scales
+  clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+  # The second moment stays in float32: at beta2=0.999 an update is smaller
+  # than half a bfloat16 step of it, so it would never change.
+  first_moment_dtype: str = 'float32'
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_positive('optimizer', self, 'learning_rate', 'epsilon')
+    _check_choice(
+      'optimizer.schedule', self.schedule, ('linear', 'cosine', 'constant')
+    )
+    _check_choice(
+      'optimizer.first_moment_dtype',
+      self.first_moment_dtype,
+      ('float32', 'bfloat16'),
+    )
+    _check(
+      0 <= self.warmup_fraction < 1,
+      f'optimizer.warmup_fraction={self.warmup_fraction} is not in [0, 1).',
+    )
+    for name in ('beta1', 'beta2'):
+      _check(
+        0 <= getattr(self, name) < 1,
+        f'optimizer.{name}={getattr(self, name)} is not in [0, 1).',
+      )
+    for name in ('weight_decay', 'clip_norm'):
+      _check(
+        getattr(self, name) >= 0,
+        f'optimizer.{name}={getattr(self, name)} is negative; 0 is off.',
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices an axis; one axis may be -1, which takes all that are left."""
+
+  data: int = 1  # copies of the weights, outermost
+  fsdp: int = -1  # weights and optimizer state are split over it
+  tensor: int = 1  # heads, feed-forward and vocabulary are split over it
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    sizes = dataclasses.asdict(self)
+    for name, size in sizes.items():
+      _check(
+        size > 0 or size == -1,
+        f'mesh.{name}={size} must be a number of devices, or -1 for the rest.',
+      )
+    _check(
+      list(sizes.values()).count(-1) <= 1,
+      'mesh: only one axis can be -1 (the devices left over), got '
+      + ', '.join(f'{name}={size}' for name, size in sizes.items()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """What trades time for memory; the loss and its gradient stay the same."""
+
+  # What a layer keeps for its gradient. none: everything. full: its input.
+  # offload: its input, in the host's memory.
+  remat: str = 'full'
+  # Rows a chunk for gradient caching (Gao et al. 2021, arXiv 2101.06983); 0:
+  # the whole batch in one pass.
+  chunk_rows: int = 0
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_choice('memory.remat', self.remat, ('none', 'full', 'offload'))
+    _check(
+      self.chunk_rows >= 0,
+      f'memory.chunk_rows={self.chunk_rows} is negative; 0 is off.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When the state is written, and how many checkpoints are kept."""
+
+  every_steps: int = 100
+  keep: int = 3
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_positive('checkpoint', self, 'every_steps', 'keep')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """The evaluation on held-out records, before and after training."""
+
+  enabled: bool = True
+  # The share of a .jsonl file's records that is held out of training. A TFDS
+  # data set holds out its `test` split instead.
+  held_out_fraction: float = 0.05
+  max_queries: int = 1000  # held-out pairs evaluated, and candidates searched
+  max_conversations: int = 500
+  rows: int = 16  # packed rows in one call
+  generated_tokens: int = 40  # of the example answer
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check_positive(
+      'evaluation',
+      self,
+      'max_queries',
+      'max_conversations',
+      'rows',
+      'generated_tokens',
+    )
+    _check(
+      0 <= self.held_out_fraction < 1,
+      f'evaluation.held_out_fraction={self.held_out_fraction} is not in '
+      '[0, 1).',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All of a run."""
+
+  model: ModelConfig = ModelConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  memory: MemoryConfig = MemoryConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  seed: int = 0
+  steps: int = 1253
+  log_every: int = 10
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first key that cannot be."""
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if dataclasses.is_dataclass(value):
+        value.validate()
+    _check(self.steps > 0, f'steps={self.steps} must be greater than 0.')
+    _check(
+      self.log_every > 0, f'log_every={self.log_every} must be greater than 0.'
+    )
+    _check(self.seed >= 0, f'seed={self.seed} is negative.')
+    if (
+      self.objective.has_generative
+      and self.objective.generative_reduction == 'mixed'
+    ):
+      _check(
+        self.data.generative_batch % self.objective.mixed_groups == 0,
+        f'data.generative_batch={self.data.generative_batch} does not divide '
+        f'into objective.mixed_groups={self.objective.mixed_groups} groups.',
+      )
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+  """Returns the ConfigDict that flags override; its keys are `Config`'s."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+  """Turns a ConfigDict into a validated `Config`.
+
+  Args:
+    config: nested, with the fields of `Config` or some of them.
+
+  Returns:
+    The frozen dataclasses.
+
+  Raises:
+    ConfigError: an unknown key, a value of another type, or a value that
+      cannot be; the message names the key.
+  """
+  resolved = _build(Config, config.to_dict(), '')
+  resolved.validate()
+  return resolved
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+  types = typing.get_type_hints(kind)
+  arguments = {}
+  for name, value in values.items():
+    key = prefix + name
+    if name not in types:
+      close = difflib.get_close_matches(name, types, n=1)
+      hint = f' Did you mean {prefix}{close[0]}?' if close else ''
+      raise ConfigError(f'{key} is not a configuration key.{hint}')
+    expected = types[name]
+    if dataclasses.is_dataclass(expected):
+      _check(
+        isinstance(value, dict), f'{key} is a group of keys, not {value!r}.'
+      )
+      arguments[name] = _build(expected, value, key + '.')
+      continue
+    if expected is float and type(value) is int:
+      value = float(value)
+    _check(
+      type(value) is expected,
+      f'{key}={value!r} is of type {type(value).__name__}, not '
+      f'{expected.__name__}.',
+    )
+    arguments[name] = value
+  return kind(**arguments)

@@ -1,0 +1,251 @@
+"""Records as examples of a TFDS data set, there and back.
+
+An example holds a record's tokens in one flat list, and what it takes to part
+them again. Lists of integers are TFDS's plainest feature; they take 1.4 bytes
+a token and read millions of tokens a second, and packing them into bytes by
+hand was no better.
+"""
+
+import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from grit_jax.data import formats
+from grit_jax.data.formats import Conversation, EmbeddingText, FormatError
+from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, RecordError
+from grit_jax.data.tokenizer import Tokenizer
+
+Example = Mapping[str, np.ndarray]
+
+NO_ANSWER = "no answer within the limit of tokens"
+
+_INTEGERS = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+
+
+@dataclass
+class Report:
+  """What became of the records of a source.
+
+  Attributes:
+    records: Number of records in the data set.
+    texts: Number of texts in it; a conversation is one.
+    tokens: Number of tokens in it.
+    cut_texts: Number of texts that were cut at their limit.
+    cut_tokens: Number of tokens that cutting dropped.
+    dropped: Number of records that are not in it, by reason.
+  """
+
+  records: int = 0
+  texts: int = 0
+  tokens: int = 0
+  cut_texts: int = 0
+  cut_tokens: int = 0
+  dropped: dict[str, int] = field(default_factory=dict)
+
+  def count_text(self, text: EmbeddingText | Conversation) -> None:
+    """Adds a text of the data set."""
+    self.texts += 1
+    self.tokens += len(text.ids)
+    self.cut_texts += text.cut > 0
+    self.cut_tokens += text.cut
+
+  def count_dropped(self, reason: str) -> None:
+    """Adds a record that is not in the data set."""
+    self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+class EmbeddingEncoder:
+  """Turns embedding records into examples, and collects their index.
+
+  Attributes:
+    features: The TFDS features of an example: the tokens of all texts, and the
+      number of tokens of each text and of its instruction, texts in the order
+      query, positives, negatives.
+    limits: What decides which tokens a text gets, besides the tokenizer.
+    report: What has been encoded so far.
+    index: The arrays of `grit_jax.data.dataset.EmbeddingDataset`.
+  """
+
+  features = {
+    "tokens": _INTEGERS,
+    "lengths": _INTEGERS,
+    "instruction_lengths": _INTEGERS,
+  }
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    max_query_tokens: int,
+    max_passage_tokens: int,
+    min_negatives: int,
+  ):
+    """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
+    self.limits = {"query": max_query_tokens, "passage": max_passage_tokens}
+    self.report = Report()
+    self.index = {
+      "offsets": array.array("q", [0]),
+      "lengths": array.array("i"),
+      "num_positives": array.array("i"),
+    }
+    self._tokenizer = tokenizer
+    self._min_negatives = min_negatives
+
+  def encode(
+    self, batch: Sequence[EmbeddingRecord], places: Sequence[str]
+  ) -> list[Example]:
+    """Encodes some records.
+
+    Args:
+      batch: The records.
+      places: Where each comes from.
+
+    Returns:
+      The example of each.
+
+    Raises:
+      RecordError: A record has too few negatives, or an instruction leaves no
+        room for the text.
+    """
+    prompts = [
+      [formats.format_embedding(text) for text in record.texts]
+      for record in batch
+    ]
+    ids = iter(
+      self._tokenizer.encode_batch(
+        [prefix + body for texts in prompts for prefix, body in texts]
+      )
+    )
+    examples = []
+    for record, texts, place in zip(batch, prompts, places, strict=True):
+      check_negatives(len(record.negatives), self._min_negatives, place)
+      marked = []
+      for i, (prefix, _) in enumerate(texts):
+        limit = self.limits["passage" if i else "query"]
+        try:
+          marked.append(
+            formats.mark_embedding(prefix, next(ids), self._tokenizer, limit)
+          )
+        except FormatError as error:
+          path = _name_text(i, len(record.positives))
+          raise RecordError(f"{place}: {path}: {error}") from error
+      examples.append(self._add(marked, len(record.positives)))
+    return examples
+
+  def _add(self, texts: list[EmbeddingText], num_positives: int) -> Example:
+    lengths = [len(text.ids) for text in texts]
+    instruction_lengths = [text.instruction_length for text in texts]
+    self.index["offsets"].append(self.index["offsets"][-1] + len(texts))
+    self.index["lengths"].extend(lengths)
+    self.index["num_positives"].append(num_positives)
+    for text in texts:
+      self.report.count_text(text)
+    return {
+      "tokens": np.concatenate([text.ids for text in texts]),
+      "lengths": np.array(lengths, np.int32),
+      "instruction_lengths": np.array(instruction_lengths, np.int32),
+    }
+
+
+def decode_embedding(example: Example) -> list[EmbeddingText]:
+  """Parts the texts of an embedding example: query, positives, negatives."""
+  ends = np.cumsum(example["lengths"])
+  ids = np.split(example["tokens"], ends[:-1])
+  lengths = example["instruction_lengths"].tolist()
+  return [
+    EmbeddingText(ids, length) for ids, length in zip(ids, lengths, strict=True)
+  ]
+
+
+class GenerativeEncoder:
+  """Turns conversations and plain texts into examples, and collects the index.
+
+  Attributes:
+    features: The TFDS features of an example: the tokens, and the lengths of
+      the runs that are, in turn, instruction and answer. The first run is one
+      of instruction, of length 0 for a plain text.
+    limits: What decides which tokens a record gets, besides the tokenizer.
+    report: What has been encoded so far.
+    index: The arrays of `grit_jax.data.dataset.GenerativeDataset`.
+  """
+
+  features = {"tokens": _INTEGERS, "runs": _INTEGERS}
+
+  def __init__(self, tokenizer: Tokenizer, max_generative_tokens: int):
+    """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
+    self.limits = {"generative": max_generative_tokens}
+    self.report = Report()
+    self.index = {
+      "lengths": array.array("i"),
+      "loss_tokens": array.array("i"),
+    }
+    self._tokenizer = tokenizer
+
+  def encode(
+    self, batch: Sequence[GenerativeRecord], places: Sequence[str]
+  ) -> list[Example | None]:
+    """Encodes some records.
+
+    Args:
+      batch: The records.
+      places: Where each comes from.
+
+    Returns:
+      The example of each; None for a record that is dropped, since no answer
+      begins within the limit.
+    """
+    del places
+    prompts = [formats.join_conversation(record) for record in batch]
+    examples = []
+    for record, ids in zip(
+      batch, self._tokenizer.encode_batch(prompts), strict=True
+    ):
+      conversation = formats.mark_conversation(
+        record, ids, self._tokenizer, self.limits["generative"]
+      )
+      if conversation.in_loss.any():
+        examples.append(self._add(conversation))
+      else:
+        self.report.count_dropped(NO_ANSWER)
+        examples.append(None)
+    return examples
+
+  def _add(self, conversation: Conversation) -> Example:
+    self.index["lengths"].append(len(conversation.ids))
+    self.index["loss_tokens"].append(int(conversation.in_loss.sum()))
+    self.report.count_text(conversation)
+    marks = conversation.in_instruction
+    # As if an instruction came before, so that the first run is always one.
+    changes = np.flatnonzero(np.diff(marks, prepend=True))
+    bounds = np.concatenate([[0], changes, [len(marks)]])
+    return {
+      "tokens": conversation.ids,
+      "runs": np.diff(bounds).astype(np.int32),
+    }
+
+
+def decode_conversation(example: Example) -> Conversation:
+  """Restores the marks of a generative example."""
+  runs = example["runs"]
+  is_instruction = np.arange(len(runs)) % 2 == 0
+  in_instruction = np.repeat(is_instruction, runs)
+  return formats.mark_tokens(example["tokens"], in_instruction)
+
+
+def check_negatives(found: int, expected: int, place: str) -> None:
+  """Raises RecordError where a record has fewer negatives than expected."""
+  if found < expected:
+    raise RecordError(
+      f"{place}: neg: found {found} negatives, expected {expected} or more; "
+      "add some, or lower num_passages"
+    )
+
+
+def _name_text(index: int, num_positives: int) -> str:
+  if index == 0:
+    return "query"
+  if index <= num_positives:
+    return f"pos[{index - 1}]"
+  return f"neg[{index - 1 - num_positives}]"

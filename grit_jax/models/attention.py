@@ -1,0 +1,135 @@
+"""Attention over packed rows, with GRIT's attention modes.
+
+Letters: see `grit_jax.models.decoder`.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from grit_jax.batch import Rows
+from grit_jax.sharding import spec
+
+
+class Kind(enum.Enum):
+  """Which later tokens of its own segment a token sees.
+
+  A token always sees its segment's earlier tokens, and never another segment.
+  """
+
+  CAUSAL = 'none'
+  BIDIRECTIONAL = 'all'
+  INSTRUCTION = 'within its stretch of instruction'
+  TEXT = 'within its stretch of text'
+
+
+_KINDS = {
+  'cc': Kind.CAUSAL,
+  'bb': Kind.BIDIRECTIONAL,
+  'bc': Kind.INSTRUCTION,
+  'cb': Kind.TEXT,
+}
+
+
+def embedding_kind(attention: str) -> Kind:
+  """Returns the embedding stream's kind for a mode such as `bbcc`."""
+  return _KINDS[attention[:2]]
+
+
+def generative_kind(attention: str) -> Kind:
+  """Returns the generative stream's kind for a mode such as `bbcc`."""
+  return _KINDS[attention[2:]]
+
+
+def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
+  """Returns which position sees which, bool [B, T, S] with S = T.
+
+  Args:
+    rows: the stream.
+    kind: which later tokens of its segment a token sees.
+    window: a token sees those less than this many positions away; 0: all.
+  """
+  tokens = rows.segments.shape[1]
+  index = jnp.arange(tokens)
+  distance = index[:, None] - index[None, :]
+  seen = jnp.broadcast_to(distance >= 0, (1, tokens, tokens))
+  if kind is Kind.BIDIRECTIONAL:
+    seen = jnp.ones_like(seen)
+  elif kind is not Kind.CAUSAL:
+    both = rows.in_instruction == (kind is Kind.INSTRUCTION)
+    # A stretch begins where `both` does: two tokens are in one if as many
+    # begin before each.
+    begins = both & ~jnp.pad(both, ((0, 0), (1, 0)))[:, :-1]
+    stretch = jnp.where(both, jnp.cumsum(begins, axis=1), 0)
+    same = stretch[:, :, None] == stretch[:, None, :]
+    seen = seen | (same & both[:, :, None])
+  if window:
+    seen = seen & (jnp.abs(distance) < window)
+  same_segment = rows.segments[:, :, None] == rows.segments[:, None, :]
+  return seen & same_segment
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Grouped-query attention, the reference in plain operations.
+
+  Args:
+    q: [B, T, N, H]; a query head n reads key-value head n // G.
+    k: [B, S, K, H].
+    v: [B, S, K, H].
+    mask: bool [B, T, S].
+
+  Returns:
+    [B, T, N, H], in the dtype of `q`.
+  """
+  rows, tokens, heads, head_dim = q.shape
+  kv_heads = k.shape[2]
+  grouped = q.reshape(
+    rows, tokens, kv_heads, heads // kv_heads, head_dim,
+    out_sharding=spec('rows', 'seq', 'kv_heads', None, 'head_dim'),
+  )  # fmt: skip
+  # The softmax is in float32: its sum over thousands of keys needs it.
+  scores = jnp.einsum(
+    'btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(
+    mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
+  )
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum('bkgts,bskh->btkgh', weights, v)
+  return out.reshape(
+    q.shape, out_sharding=spec('rows', 'seq', 'heads', 'head_dim')
+  )
+
+
+def rotary_angles(
+  positions: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns cosine and sine of the rotary angles (Su et al. 2021, eq. 15).
+
+  Args:
+    positions: int32 [B, T].
+    head_dim: H.
+    theta: the base of the frequencies theta^(-2i/H).
+
+  Returns:
+    Two float32 [B, T, H / 2]: bfloat16 would turn positions above 256 into
+    their neighbours'.
+  """
+  frequencies = theta ** (
+    -jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  )
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+  x: jax.Array, angles: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+  """Turns the pairs (i, i + H/2) of each head, [B, T, N, H], by `angles`."""
+  cos, sin = (a[:, :, None] for a in angles)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,302 @@
+"""The decoder: Mistral's, over streams of packed rows.
+
+Mistral 7B (arXiv 2310.06825): grouped-query attention with rotary positions,
+RMS normalisation before each part, SwiGLU. All streams go through the layers
+in one pass, so that a layer's weights are gathered once a step; attention
+alone treats the streams apart.
+
+Letters of shapes, here and in the package: B rows, T query positions, S key
+positions, D model, N heads, K key-value heads, G = N / K, H head size, F
+feed-forward, V vocabulary, L layers; in losses Q queries, P passages.
+
+Modules are NNX modules used as plain pytrees. Weights are stored as used, [in,
+out], and layers are stacked on a leading axis L.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from grit_jax.batch import Rows
+from grit_jax.config import ModelConfig
+from grit_jax.models import attention
+from grit_jax.sharding import (
+  gather,
+  join_rows,
+  padded_vocab,
+  spec,
+  split_rows,
+  weight_spec,
+)
+
+INIT_SCALE = 0.02  # Mistral's initializer_range
+
+LAYER_INPUT = 'layer_input'
+
+
+def _matrix(
+  key: jax.Array,
+  shape: tuple[int, int],
+  logical: tuple[str, str],
+  config: ModelConfig,
+  scale: float = INIT_SCALE,
+) -> nnx.Param:
+  values = jax.random.normal(
+    key, shape, config.param_dtype, out_sharding=weight_spec(*logical)
+  )
+  return nnx.Param(values * jnp.asarray(scale, config.param_dtype))
+
+
+def _norm(config: ModelConfig) -> nnx.Param:
+  return nnx.Param(jnp.ones((config.embed_dim,), config.param_dtype))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """Root-mean-square normalisation (arXiv 1910.07467, eq. 4), [..., D].
+
+  The mean is taken in float32; a bfloat16 sum of D squares would lose it.
+  """
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+  normed = (wide * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
+  return normed * scale.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    """Draws the projections; `o` smaller, by the depth of the residual sum."""
+    self.config = config
+    width = config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+    keys = jax.random.split(key, 4)
+    shape, logical = (config.embed_dim, width), ('embed', 'heads')
+    self.q = _matrix(keys[0], shape, logical, config)
+    shape, logical = (config.embed_dim, kv_width), ('embed', 'kv_heads')
+    self.k = _matrix(keys[1], shape, logical, config)
+    self.v = _matrix(keys[2], shape, logical, config)
+    shape, logical = (width, config.embed_dim), ('heads', 'embed')
+    scale = INIT_SCALE * (2 * config.num_layers) ** -0.5
+    self.o = _matrix(keys[3], shape, logical, config, scale)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    masks: Sequence[jax.Array],
+  ) -> jax.Array:
+    """Attends within each stream of `x`, [B, T, D], by its mask."""
+    config = self.config
+
+    def project(weight: nnx.Param, heads: str) -> jax.Array:
+      weight = gather(weight[...], 'embed', heads, dtype=config.dtype)
+      y = jnp.einsum('btd,dh->bth', x, weight)
+      return y.reshape(
+        *y.shape[:2], -1, config.head_dim,
+        out_sharding=spec('rows', 'seq', heads, 'head_dim'),
+      )  # fmt: skip
+
+    q = attention.rotate(project(self.q, 'heads'), angles)
+    k = attention.rotate(project(self.k, 'kv_heads'), angles)
+    v = project(self.v, 'kv_heads')
+    rows = [mask.shape[0] for mask in masks]
+    parts = zip(*(split_rows(y, rows) for y in (q, k, v)), masks, strict=True)
+    with jax.named_scope('attend'):
+      out = join_rows([attention.attend(*part) for part in parts])
+    out = out.reshape(
+      *x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads')
+    )
+    o = gather(self.o[...], 'heads', 'embed', dtype=config.dtype)
+    return jnp.einsum(
+      'bth,hd->btd', out, o, out_sharding=spec('rows', 'seq', 'embed')
+    )
+
+
+class MLP(nnx.Module):
+  """The SwiGLU feed-forward part (arXiv 2002.05202)."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    """Draws gate, up and down; `down` smaller, as attention's `o`."""
+    self.config = config
+    keys = jax.random.split(key, 3)
+    shape, logical = (config.embed_dim, config.mlp_dim), ('embed', 'mlp')
+    self.gate = _matrix(keys[0], shape, logical, config)
+    self.up = _matrix(keys[1], shape, logical, config)
+    scale = INIT_SCALE * (2 * config.num_layers) ** -0.5
+    self.down = _matrix(keys[2], shape[::-1], logical[::-1], config, scale)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, D] to [B, T, D]."""
+    dtype = self.config.dtype
+    gate = gather(self.gate[...], 'embed', 'mlp', dtype=dtype)
+    up = gather(self.up[...], 'embed', 'mlp', dtype=dtype)
+    down = gather(self.down[...], 'mlp', 'embed', dtype=dtype)
+    hidden = jax.nn.silu(jnp.einsum('btd,df->btf', x, gate))
+    hidden = hidden * jnp.einsum('btd,df->btf', x, up)
+    return jnp.einsum(
+      'btf,fd->btd', hidden, down, out_sharding=spec('rows', 'seq', 'embed')
+    )
+
+
+class Block(nnx.Module):
+  """One layer."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    """Draws one layer's weights."""
+    self.config = config
+    attention_key, mlp_key = jax.random.split(key)
+    self.attention = Attention(config, attention_key)
+    self.mlp = MLP(config, mlp_key)
+    self.attention_norm = _norm(config)
+    self.mlp_norm = _norm(config)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    masks: Sequence[jax.Array],
+  ) -> jax.Array:
+    """Maps [B, T, D] to [B, T, D]."""
+    epsilon = self.config.norm_epsilon
+    with jax.named_scope('attention'):
+      normed = rms_norm(x, self.attention_norm[...], epsilon)
+      x = x + self.attention(normed, angles, masks)
+    with jax.named_scope('mlp'):
+      normed = rms_norm(x, self.mlp_norm[...], epsilon)
+      return x + self.mlp(normed)
+
+
+class Decoder(nnx.Module):
+  """Token ids to hidden states, and hidden states to logits.
+
+  Weights: `embed` [V, D], `blocks` stacked on L, `final_norm` [D], `head`
+  [D, V] unless tied, and, for embeddings alone, `projection` and
+  `projection_bias` where the config has a projection. V is padded to a
+  multiple of `sharding.VOCAB_MULTIPLE`.
+  """
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    """Draws all weights; under `jax.jit` each is born in its sharding."""
+    self.config = config
+    keys = jax.random.split(key, 4)
+    shape, logical = (padded_vocab(config), config.embed_dim), ('vocab', 'embed')
+    self.embed = _matrix(keys[0], shape, logical, config)
+    layer_keys = jax.random.split(keys[1], config.num_layers)
+    self.blocks = jax.vmap(lambda key: Block(config, key))(layer_keys)
+    self.final_norm = _norm(config)
+    if not config.tie_embeddings:
+      self.head = _matrix(keys[2], shape[::-1], logical[::-1], config)
+    if config.projection_dim:
+      shape = (config.embed_dim, config.projection_dim)
+      self.projection = _matrix(keys[3], shape, ('embed', 'projection'), config)
+      self.projection_bias = nnx.Param(
+        jnp.zeros((config.projection_dim,), config.param_dtype)
+      )
+
+  def __call__(
+    self,
+    streams: Sequence[Rows],
+    kinds: Sequence[attention.Kind],
+    remat: str = 'none',
+  ) -> list[jax.Array]:
+    """Runs all streams through the layers in one pass.
+
+    Args:
+      streams: packed rows, [R_i, T] each.
+      kinds: one a stream.
+      remat: `config.MemoryConfig.remat`.
+
+    Returns:
+      The normalised last hidden states, [R_i, T, D] a stream.
+    """
+    config = self.config
+    rows = [stream.tokens.shape[0] for stream in streams]
+    with jax.named_scope('embed'):
+      tokens = join_rows([stream.tokens for stream in streams])
+      table = gather(self.embed[...], 'vocab', 'embed', dtype=config.dtype)
+      x = table.at[tokens].get(out_sharding=spec('rows', 'seq', 'embed'))
+    positions = join_rows([stream.positions for stream in streams])
+    angles = attention.rotary_angles(
+      positions, config.head_dim, config.rope_theta
+    )
+    masks = [
+      attention.make_mask(stream, kind, config.sliding_window)
+      for stream, kind in zip(streams, kinds, strict=True)
+    ]
+
+    def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+      x = checkpoint_name(x, LAYER_INPUT)
+      return block(x, angles, masks), None
+
+    with jax.named_scope('layers'):
+      x, _ = jax.lax.scan(_rematerialise(layer, remat), x, self.blocks)
+    x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
+    return split_rows(x, rows)
+
+  def gather_head(self) -> jax.Array:
+    """Returns the head for `logits`, [D, V], to be gathered once a loop."""
+    dtype = self.config.dtype
+    if self.config.tie_embeddings:
+      return gather(self.embed[...], 'vocab', 'embed', dtype=dtype).T
+    return gather(self.head[...], 'embed', 'vocab', dtype=dtype)
+
+  def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Scores the next token, float32 [B, T, V] with V padded.
+
+    The padding's columns are the least float, so no softmax sees them.
+    """
+    logits = jnp.einsum(
+      'btd,dv->btv', hidden, head, preferred_element_type=jnp.float32
+    )
+    if head.shape[1] == self.config.vocab_size:
+      return logits
+    real = jnp.arange(head.shape[1]) < self.config.vocab_size
+    return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+
+  def project(self, pooled: jax.Array) -> jax.Array:
+    """Maps pooled states, float32 [R, S, D], to the embedding's width."""
+    if not self.config.projection_dim:
+      return pooled
+    weight = gather(
+      self.projection[...], 'embed', 'projection', dtype='float32'
+    )
+    return (
+      jnp.einsum(
+        'rsd,dp->rsp', pooled, weight, precision=jax.lax.Precision.HIGHEST
+      )
+      + self.projection_bias[...]
+    )
+
+
+def _rematerialise(layer, remat: str):
+  """Applies `config.MemoryConfig.remat` to the body of the layer scan."""
+  if remat == 'none':
+    return layer
+  policy = jax.checkpoint_policies.nothing_saveable
+  if remat == 'offload':
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[LAYER_INPUT],
+      offload_src='device',
+      offload_dst='pinned_host',
+    )
+  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def count_parameters(config: ModelConfig) -> int:
+  """Returns the number of weights, without the vocabulary's padding."""
+  width = config.num_heads * config.head_dim
+  kv_width = config.num_kv_heads * config.head_dim
+  layer = config.embed_dim * (2 * width + 2 * kv_width + 3 * config.mlp_dim + 2)
+  tables = 1 if config.tie_embeddings else 2
+  projection = config.projection_dim * (config.embed_dim + 1)
+  return (
+    config.num_layers * layer
+    + tables * config.vocab_size * config.embed_dim
+    + config.embed_dim
+    + projection
+  )

@@ -1,0 +1,51 @@
+"""Published model sizes, and small ones for a laptop and for tests."""
+
+from grit_jax.config import ModelConfig
+
+
+def mistral_7b() -> ModelConfig:
+  """Mistral-7B-v0.1 (arXiv 2310.06825): 7,241,732,096 parameters.
+
+  Without its sliding window of 4096: GRIT trains without it, and a window
+  under bidirectional attention would be another model.
+  """
+  return ModelConfig(
+    vocab_size=32000,
+    embed_dim=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14336,
+    rope_theta=10000.0,
+    norm_epsilon=1e-5,
+  )
+
+
+def small() -> ModelConfig:
+  """A Mistral that trains from scratch on two CPU cores in minutes."""
+  return ModelConfig(
+    vocab_size=8192,
+    embed_dim=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=704,
+    tie_embeddings=True,
+    dtype='float32',
+  )
+
+
+def tiny() -> ModelConfig:
+  """A Mistral for tests: every size odd where it may be, float32."""
+  return ModelConfig(
+    vocab_size=101,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=10,
+    mlp_dim=48,
+    dtype='float32',
+  )

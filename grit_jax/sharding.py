@@ -1,0 +1,243 @@
+"""The mesh, the one table of logical axes, and what moves between devices.
+
+A run has one Explicit mesh with the axes `data`, `fsdp` and `tensor`, so that
+the sharding of an array is part of its type and a wrong one fails when the
+program is traced, on a CPU as on a pod.
+
+- Activations are split by rows over `data` and `fsdp`, and by heads,
+  feed-forward and vocabulary over `tensor`.
+- A weight is stored split over `tensor` where its logical axis says so and,
+  besides, over `fsdp` on its first axis: the major one, so that a shard stays
+  whole tiles on a TPU. `gather` brings it together for use.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grit_jax.config import Config, MeshConfig, ModelConfig
+
+AXES = ('data', 'fsdp', 'tensor')
+# The axes that split rows, and over which a weight's gradient is summed.
+ROWS = ('data', 'fsdp')
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  'rows': ROWS,
+  'seq': None,
+  'embed': None,
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'head_dim': None,
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  'layers': None,
+  'texts': None,
+  'projection': None,
+}
+
+# The embedding table and the head have their vocabulary rounded up to this
+# multiple, so that any vocabulary splits over a pod: 256 is two lanes of a TPU
+# tile, and divides every published Mistral, Mixtral and Llama vocabulary.
+VOCAB_MULTIPLE = 256
+
+
+class MeshError(ValueError):
+  """A mesh that does not fit the devices, the batch or the model."""
+
+
+def make_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns the Explicit mesh that `config` asks for.
+
+  Args:
+    config: devices an axis; an axis of -1 takes the devices left over.
+    devices: by default all of the run's.
+
+  Raises:
+    MeshError: the axes' product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [getattr(config, axis) for axis in AXES]
+  fixed = math.prod(size for size in sizes if size > 0)
+  named = ', '.join(f'mesh.{a}={n}' for a, n in zip(AXES, sizes, strict=True))
+  if -1 in sizes:
+    if len(devices) % fixed:
+      raise MeshError(
+        f'{named}: {len(devices)} devices do not divide by {fixed}, so the '
+        'axis of -1 has no size.'
+      )
+    sizes[sizes.index(-1)] = len(devices) // fixed
+  elif fixed != len(devices):
+    raise MeshError(
+      f'{named} is a mesh of {fixed} devices, but there are {len(devices)}. '
+      'Set one axis to -1 to let it take the rest.'
+    )
+  return jax.make_mesh(
+    tuple(sizes), AXES, (AxisType.Explicit,) * len(AXES), devices=devices
+  )
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Returns the number of shards that rows are split into."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def validate(config: Config, mesh: Mesh) -> None:
+  """Checks that the model and the batch divide over the mesh.
+
+  Raises:
+    MeshError: the message names the key, its size and the axis.
+  """
+  model = config.model
+  for name in ('num_heads', 'num_kv_heads', 'mlp_dim'):
+    _check_divides(f'model.{name}', getattr(model, name), mesh, ('tensor',))
+  shards = ('fsdp',)
+  _check_divides('model.embed_dim', model.embed_dim, mesh, shards)
+  shards = ('tensor', 'fsdp')
+  _check_divides('model.mlp_dim', model.mlp_dim, mesh, shards)
+  _check_divides(
+    'model.num_heads*head_dim', model.num_heads * model.head_dim, mesh, shards
+  )
+  _check_divides(
+    f'the vocabulary, padded to a multiple of {VOCAB_MULTIPLE},',
+    padded_vocab(model),
+    mesh,
+    shards,
+  )
+  if config.memory.chunk_rows:
+    _check_divides('memory.chunk_rows', config.memory.chunk_rows, mesh, ROWS)
+  if config.evaluation.enabled:
+    _check_divides('evaluation.rows', config.evaluation.rows, mesh, ROWS)
+
+
+def _check_divides(
+  name: str, size: int, mesh: Mesh, axes: tuple[str, ...]
+) -> None:
+  shards = math.prod(mesh.shape[axis] for axis in axes)
+  if size % shards:
+    product = '*'.join(f'mesh.{axis}' for axis in axes)
+    raise MeshError(f'{name}={size} does not divide by {product}={shards}.')
+
+
+def padded_vocab(model: ModelConfig) -> int:
+  """Returns the rows of the embedding table as stored."""
+  return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def spec(*logical: str | None) -> P:
+  """Returns the PartitionSpec of an array with these logical axes.
+
+  Raises:
+    KeyError: an axis that is not in the table.
+    ValueError: two axes of the array want the same mesh axis.
+  """
+  physical = [None if axis is None else RULES[axis] for axis in logical]
+  _check_collision(logical, physical)
+  return P(*physical)
+
+
+def weight_spec(*logical: str) -> P:
+  """Returns how a weight with these logical axes is stored.
+
+  As `spec`, with `fsdp` on the first axis after `layers`.
+  """
+  first = 1 if logical[0] == 'layers' else 0
+  physical = [RULES[axis] for axis in logical]
+  axis = physical[first]
+  physical[first] = 'fsdp' if axis is None else (axis, 'fsdp')
+  _check_collision(logical, physical)
+  return P(*physical)
+
+
+def _check_collision(logical: Sequence, physical: Sequence) -> None:
+  flat = [
+    axis
+    for axes in physical
+    for axis in (axes if isinstance(axes, tuple) else (axes,))
+    if axis is not None
+  ]
+  if len(flat) != len(set(flat)):
+    raise ValueError(
+      f'The logical axes {tuple(logical)} use a mesh axis twice: {physical}.'
+    )
+
+
+def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
+  """All-gathers a stored weight over `fsdp`, in `dtype`.
+
+  Its transpose is a reduce-scatter of the gradient to the shard, in `dtype`:
+  the result is `reduced` over the row axes, so its cotangent is the unreduced
+  sum of each device, which the first reshard's transpose scatters. `data` is
+  named before `fsdp`: one reshard over both becomes a full all-reduce on TPU.
+
+  Args:
+    weight: as stored (`weight_spec`), without its `layers` axis.
+    *logical: its logical axes.
+    dtype: the dtype to gather and to compute in.
+
+  Returns:
+    The weight, split over `tensor` alone.
+  """
+  stored, used = weight_spec(*logical), spec(*logical)
+  weight = weight.astype(dtype)
+  weight = jax.sharding.reshard(weight, P(*stored, reduced={'data'}))
+  return jax.sharding.reshard(weight, P(*used, reduced=set(ROWS)))
+
+
+def _rest(x: jax.Array) -> tuple:
+  """Returns how the axes after the rows are split."""
+  partitions = jax.typeof(x).sharding.spec[1:]
+  return (*partitions, *(None,) * (x.ndim - 1 - len(partitions)))
+
+
+def _by_shard(x: jax.Array) -> jax.Array:
+  """Views [R, ...] as [shards, R / shards, ...], which moves nothing."""
+  shards = row_shards(jax.sharding.get_abstract_mesh())
+  return x.reshape(
+    shards, -1, *x.shape[1:], out_sharding=P(ROWS, None, *_rest(x))
+  )
+
+
+def join_rows(streams: Sequence[jax.Array]) -> jax.Array:
+  """Concatenates streams of rows, [R_i, ...] each, within every shard.
+
+  Each shard then holds its rows of the first stream, of the second, and so on:
+  a concatenation of the global arrays would move rows between devices. The
+  axes after the rows keep their sharding.
+  """
+  if len(streams) == 1:
+    return streams[0]
+  x = jnp.concatenate([_by_shard(x) for x in streams], axis=1)
+  return x.reshape(
+    -1, *x.shape[2:], out_sharding=P(ROWS, *_rest(streams[0]))
+  )
+
+
+def split_rows(x: jax.Array, rows: Sequence[int]) -> list[jax.Array]:
+  """Undoes `join_rows`: [sum(rows), ...] to one [rows_i, ...] a stream."""
+  if len(rows) == 1:
+    return [x]
+  view, parts, start = _by_shard(x), [], 0
+  for count in rows:
+    stop = start + count // view.shape[0]
+    parts.append(
+      view[:, start:stop].reshape(
+        count, *x.shape[1:], out_sharding=P(ROWS, *_rest(x))
+      )
+    )
+    start = stop
+  return parts
+
+
+def place(mesh: Mesh, array: np.ndarray, *logical: str | None) -> jax.Array:
+  """Puts a host's copy of a global array on the mesh, a shard a device."""
+  sharding = NamedSharding(mesh, spec(*logical))
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )
