@@ -45,6 +45,7 @@ def _check_positive(group: str, config: Any, *names: str) -> None:
 class ModelConfig:
   """The decoder: Mistral's, or Llama's with `sliding_window=0`."""
 
+  # Token ids; 0: the tokenizer's.
   vocab_size: int = 32000
   embed_dim: int = 4096
   num_layers: int = 32
@@ -71,9 +72,13 @@ class ModelConfig:
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
     _check_positive(
-      'model', self, 'vocab_size', 'embed_dim', 'num_layers', 'num_heads',
+      'model', self, 'embed_dim', 'num_layers', 'num_heads',
       'num_kv_heads', 'head_dim', 'mlp_dim', 'rope_theta', 'norm_epsilon',
     )  # fmt: skip
+    _check(
+      self.vocab_size >= 0,
+      f"model.vocab_size={self.vocab_size} is negative; 0 is the tokenizer's.",
+    )
     _check(
       self.num_heads % self.num_kv_heads == 0,
       f'model.num_heads={self.num_heads} is not a multiple of '
@@ -154,9 +159,10 @@ class DataConfig:
 
   # Comma-separated: .jsonl files, folders of them, or `tfds:NAME[/CONFIG]`.
   paths: str = ''
-  # A sentencepiece model; empty: one of `model.vocab_size` pieces is trained
-  # on the data and kept in the workdir.
+  # A sentencepiece model; empty: one of `tokenizer_pieces` is trained on the
+  # data and kept in the workdir.
   tokenizer: str = ''
+  tokenizer_pieces: int = 8192
   # Where tokenized data sets are kept; empty: `data` in the workdir.
   cache_dir: str = ''
   embedding_batch: int = 2048  # pairs a step
@@ -177,7 +183,7 @@ class DataConfig:
     _check_positive(
       'data', self, 'embedding_batch', 'generative_batch', 'num_passages',
       'max_query_tokens', 'max_passage_tokens', 'max_generative_tokens',
-      'row_length', 'max_segments', 'row_buckets',
+      'row_length', 'max_segments', 'row_buckets', 'tokenizer_pieces',
     )  # fmt: skip
     for name in (
       'max_query_tokens',

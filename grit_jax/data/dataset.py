@@ -44,6 +44,10 @@ _BATCH_BYTES = 4 << 20
 _RECORDS_A_SHARD = 100_000
 
 
+class EmptySplitError(RecordError):
+  """A split of a source has no record."""
+
+
 class Dataset:
   """A tokenized data set on disk.
 
@@ -246,7 +250,7 @@ def _write(
     writer.add_examples({"train": [encoded[i] for i in kept]})
   writer.close_all()
   if not record_ids:
-    raise RecordError(
+    raise EmptySplitError(
       f"{source}: no record for split {split!r} with a held-out fraction of "
       f"{held_out_fraction}; dropped: {encoder.report.dropped or 'none'}"
     )

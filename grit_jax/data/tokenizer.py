@@ -25,6 +25,10 @@ MAX_TRAINING_CHARACTERS = 6_000_000
 MAX_CHARACTERS_A_TEXT = 20_000
 
 
+class TokenizerError(ValueError):
+  """A sentencepiece model that cannot be used, or not be trained."""
+
+
 class Tokenizer:
   """Text to ids and back, by one sentencepiece model.
 
@@ -57,7 +61,7 @@ class Tokenizer:
     try:
       processor.LoadFromSerializedProto(model_bytes)
     except RuntimeError as error:
-      raise ValueError(f"{where}: not a sentencepiece model") from error
+      raise TokenizerError(f"{where}: not a sentencepiece model") from error
     self.model_bytes = model_bytes
     self.vocab_size = processor.get_piece_size()
     self.bos = processor.bos_id()
@@ -68,15 +72,15 @@ class Tokenizer:
     pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
     for name, literal, index in ("bos", BOS, self.bos), ("eos", EOS, self.eos):
       if index < 0:
-        raise ValueError(f"{where}: the model has no {name} token")
+        raise TokenizerError(f"{where}: the model has no {name} token")
       if pieces[index] != literal:
-        raise ValueError(
+        raise TokenizerError(
           f"{where}: the {name} token is {pieces[index]!r}, but the prompt "
           f"format writes {literal!r}"
         )
     for index, piece in enumerate(pieces):
       if "\n" in piece:
-        raise ValueError(
+        raise TokenizerError(
           f"{where}: piece {index} is {piece!r}; with a newline inside a "
           "piece, a prefix is not tokenized the same with and without the "
           "text that follows it"
@@ -88,7 +92,7 @@ class Tokenizer:
     self.newline = processor.piece_to_id("<0x0A>")
     text = "a\n\n b\n"
     if self.decode(self.encode(text)) != text:
-      raise ValueError(
+      raise TokenizerError(
         f"{where}: the model does not keep newlines (by byte fallback, without "
         "normalisation), which the prompt format is made of"
       )
@@ -220,7 +224,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   except RuntimeError as error:
     # sentencepiece's message begins with its own file, line and condition.
     reason = str(error).rpartition("] ")[2] or "there is no text"
-    raise ValueError(
+    raise TokenizerError(
       f"no tokenizer of {vocab_size} pieces can be trained on these texts: "
       f"{reason}"
     ) from error

@@ -1,0 +1,207 @@
+"""The plan: (seed, step) decides a step's records, passages and rows.
+
+A pure function of the index of lengths, so that every host knows the whole
+plan, and a resumed run goes on with the batches it would have seen.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from grit_jax.config import Config, ConfigError
+from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
+from grit_jax.data.packing import Packing, pack
+
+# What a random draw is for; part of its seed, so that draws are independent.
+_EMBEDDING_ORDER, _GENERATIVE_ORDER, _PASSAGES = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingPlan:
+  """A step's queries and passages.
+
+  Attributes:
+    datasets: int [Q], which data set each query is of.
+    records: int [Q], its record in it.
+    texts: int [Q, 1 + G], the query and its passages by their places in the
+      record's texts (0 is the query), the positive before the negatives.
+    lengths: int [Q, 1 + G], their tokens.
+    packing: of the texts, flattened.
+  """
+
+  datasets: np.ndarray
+  records: np.ndarray
+  texts: np.ndarray
+  lengths: np.ndarray
+  packing: Packing
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerativePlan:
+  """A step's conversations.
+
+  Attributes:
+    datasets: int [N], which data set each is of.
+    records: int [N], its record in it.
+    lengths: int [N], its tokens.
+    loss_tokens: int [N], those in the loss.
+    packing: of the conversations.
+  """
+
+  datasets: np.ndarray
+  records: np.ndarray
+  lengths: np.ndarray
+  loss_tokens: np.ndarray
+  packing: Packing
+
+
+class BatchOrder:
+  """Which records each step takes.
+
+  An epoch shuffles every data set and cuts it into batches; what is left over
+  of all of them is shuffled together into further batches, and at last fewer
+  than a batch's records sit the epoch out. The batches come in random order.
+  """
+
+  def __init__(
+    self, name: str, sizes: list[int], batch: int, seed: tuple[int, ...]
+  ):
+    """Lays down the order.
+
+    Args:
+      name: the key of the batch size, for messages.
+      sizes: records of each data set.
+      batch: records a step.
+      seed: of the shuffles.
+
+    Raises:
+      ConfigError: there are fewer records than a batch takes.
+    """
+    total = sum(sizes)
+    if total < batch:
+      raise ConfigError(
+        f'{name}={batch}, but there are only {total} such records.'
+      )
+    self.sizes, self.batch, self.seed = sizes, batch, seed
+    self.starts = np.cumsum([0, *sizes])
+    self.batches_per_epoch = total // batch
+    self.left_out_per_epoch = total % batch
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 (one order lives as long as a run)
+  def _epoch(self, epoch: int) -> np.ndarray:
+    """Returns an epoch's batches, int64 [batches, B], over all data sets."""
+    rng = np.random.default_rng([*self.seed, epoch])
+    batches, leftovers = [], []
+    for start, size in zip(self.starts, self.sizes, strict=False):
+      order = start + rng.permutation(size)
+      whole = size // self.batch * self.batch
+      batches.append(order[:whole].reshape(-1, self.batch))
+      leftovers.append(order[whole:])
+    rest = rng.permutation(np.concatenate(leftovers))
+    whole = len(rest) // self.batch * self.batch
+    batches.append(rest[:whole].reshape(-1, self.batch))
+    return rng.permutation(np.concatenate(batches), axis=0)
+
+  def records(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the data set and the record of each place in a step's batch."""
+    epoch, place = divmod(step, self.batches_per_epoch)
+    chosen = self._epoch(epoch)[place]
+    datasets = np.searchsorted(self.starts, chosen, side='right') - 1
+    return datasets, chosen - self.starts[datasets]
+
+
+class Plan:
+  """Decides every step's batch from the index of the data sets."""
+
+  def __init__(
+    self,
+    config: Config,
+    embedding: list[EmbeddingDataset],
+    generative: list[GenerativeDataset],
+  ):
+    """Takes the data sets that the mode needs; the other list is empty.
+
+    Raises:
+      ConfigError: there are fewer records than a batch takes.
+    """
+    self.config = config
+    self.embedding, self.generative = embedding, generative
+    data, seed = config.data, config.seed
+    if embedding:
+      self.embedding_order = BatchOrder(
+        'data.embedding_batch',
+        [len(dataset) for dataset in embedding],
+        data.embedding_batch,
+        (seed, _EMBEDDING_ORDER),
+      )
+    if generative:
+      # Conversations need no batch of their own data set: nothing in the
+      # generative loss compares them.
+      self.generative_starts = np.cumsum([0, *map(len, generative)])
+      self.generative_order = BatchOrder(
+        'data.generative_batch',
+        [int(self.generative_starts[-1])],
+        data.generative_batch,
+        (seed, _GENERATIVE_ORDER),
+      )
+
+  def embedding_step(self, step: int) -> EmbeddingPlan | None:
+    """Plans a step's queries and passages; None without embedding data."""
+    if not self.embedding:
+      return None
+    data = self.config.data
+    datasets, records = self.embedding_order.records(step)
+    rng = np.random.default_rng([self.config.seed, _PASSAGES, step])
+    texts = np.zeros((len(records), 1 + data.num_passages), np.int64)
+    lengths = np.zeros_like(texts)
+    for place, (which, record) in enumerate(
+      zip(datasets, records, strict=True)
+    ):
+      dataset = self.embedding[which]
+      start, stop = dataset.offsets[record : record + 2]
+      positives = int(dataset.num_positives[record])
+      negatives = int(stop - start) - 1 - positives
+      texts[place, 1] = 1 + rng.integers(positives)
+      texts[place, 2:] = 1 + positives + rng.choice(
+        negatives, data.num_passages - 1, replace=False
+      )
+      lengths[place] = dataset.lengths[start + texts[place]]
+    packing = pack(lengths.reshape(-1), data.row_length, data.max_segments)
+    return EmbeddingPlan(datasets, records, texts, lengths, packing)
+
+  def generative_step(self, step: int) -> GenerativePlan | None:
+    """Plans a step's conversations; None without generative data."""
+    if not self.generative:
+      return None
+    data = self.config.data
+    _, places = self.generative_order.records(step)
+    starts = self.generative_starts
+    datasets = np.searchsorted(starts, places, side='right') - 1
+    records = places - starts[datasets]
+    lengths, loss_tokens = (
+      np.array(
+        [
+          getattr(self.generative[which], name)[record]
+          for which, record in zip(datasets, records, strict=True)
+        ],
+        np.int64,
+      )
+      for name in ('lengths', 'loss_tokens')
+    )
+    packing = pack(lengths, data.row_length, data.max_segments)
+    return GenerativePlan(datasets, records, lengths, loss_tokens, packing)
+
+  def describe_records(self, step: int) -> list[str]:
+    """Names the records of a step's batch, for messages."""
+    names = []
+    for datasets, plan in (
+      (self.embedding, self.embedding_step(step)),
+      (self.generative, self.generative_step(step)),
+    ):
+      if plan is not None:
+        names += [
+          datasets[which].where(record)
+          for which, record in zip(plan.datasets, plan.records, strict=True)
+        ]
+    return names

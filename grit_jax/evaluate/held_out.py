@@ -1,0 +1,303 @@
+"""The evaluation of a run on its held-out records.
+
+Retrieval: each held-out query against one positive of every held-out record.
+Generation: the loss on held-out conversations. Both through the model's own
+packed rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grit_jax import losses, objective, pooling
+from grit_jax.batch import EmbeddingRows, GenerativeRows, Rows
+from grit_jax.config import Config
+from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
+from grit_jax.data.formats import Conversation, EmbeddingText
+from grit_jax.data.packing import Packing, pack
+from grit_jax.data.pipeline import Filler, place_batch
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.evaluate import retrieval
+from grit_jax.models.attention import embedding_kind, generative_kind
+from grit_jax.models.decoder import Decoder
+from grit_jax.sharding import place, row_shards, spec
+
+EXAMPLES = 3  # retrieved ones shown
+
+
+class HeldOutEvaluation:
+  """Evaluates a model on held-out records, the same ones every time."""
+
+  def __init__(
+    self,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    embedding: Sequence[EmbeddingDataset],
+    generative: Sequence[GenerativeDataset],
+  ):
+    """Reads the held-out records.
+
+    Args:
+      config: of the run.
+      mesh: to compute on.
+      tokenizer: of the data sets.
+      embedding: held-out data sets; empty without the embedding stream.
+      generative: held-out data sets; empty without the generative stream.
+    """
+    self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+    records = _sample(embedding, config.evaluation.max_queries, config.seed)
+    self.queries: list[EmbeddingText] = [texts[0] for texts in records]
+    # Texts that occur twice are one candidate.
+    index: dict[bytes, int] = {}
+    self.candidates: list[EmbeddingText] = []
+    self.positives = np.zeros(len(records), np.int64)
+    for query, texts in enumerate(records):
+      key = texts[1].ids.tobytes()
+      if key not in index:
+        index[key] = len(self.candidates)
+        self.candidates.append(texts[1])
+      self.positives[query] = index[key]
+    self.conversations: list[Conversation] = _sample(
+      generative, config.evaluation.max_conversations, config.seed
+    )
+
+  def evaluate(self, model: Decoder) -> dict[str, float]:
+    """Returns recall_at_1, recall_at_10, ndcg_at_10, generative_loss, ..."""
+    result = {}
+    if self.queries:
+      queries, candidates = self._encode_all(model)
+      ranks = retrieval.rank_of_positive(queries, candidates, self.positives)
+      result |= retrieval.retrieval_metrics(ranks)
+      result['candidates'] = len(candidates)
+    if self.conversations:
+      result['generative_loss'] = self._generative_loss(model)
+    return result
+
+  def baselines(self) -> dict[str, dict[str, float]]:
+    """Returns the figures of a random ranking and of TF-IDF."""
+    if not self.queries:
+      return {}
+    tfidf = retrieval.tfidf_metrics(
+      [self._text(query) for query in self.queries],
+      [self._text(candidate) for candidate in self.candidates],
+      self.positives,
+    )
+    return {
+      'random': retrieval.random_metrics(len(self.candidates)),
+      'tfidf': tfidf,
+    }
+
+  def show_examples(self, model: Decoder) -> str:
+    """Returns a few retrieved texts and one generated answer, to be read."""
+    lines = []
+    if self.queries:
+      queries, candidates = self._encode_all(model)
+      ranks = retrieval.rank_of_positive(queries, candidates, self.positives)
+      chosen = np.random.default_rng(self.config.seed).permutation(len(ranks))
+      for query in chosen[:EXAMPLES]:
+        best = retrieval.top_candidates(queries[query], candidates, 1)[0]
+        lines += [
+          f'Query: {_shorten(self._text(self.queries[query]), 2)}',
+          f'  best of {len(candidates)} (the right one has rank '
+          f'{ranks[query] + 1}):',
+          _indent(_shorten(self._text(self.candidates[best]), 4)),
+        ]
+    if self.conversations:
+      prompt, answer = self._first_exchange(self.conversations[0])
+      generated = self._generate(model, prompt)
+      lines += [
+        'Prompt:',
+        _indent(_shorten(self.tokenizer.decode(prompt), 12)),
+        f'  true answer: {_shorten(self.tokenizer.decode(answer), 2)}',
+        f'  generated:   {_shorten(self.tokenizer.decode(generated), 2)}',
+      ]
+    return '\n'.join(lines)
+
+  def _text(self, text: EmbeddingText) -> str:
+    return self.tokenizer.decode(text.ids[text.instruction_length :].tolist())
+
+  def _encode_all(self, model: Decoder) -> tuple[np.ndarray, np.ndarray]:
+    encoded = self._encode(model, [*self.queries, *self.candidates])
+    return encoded[: len(self.queries)], encoded[len(self.queries) :]
+
+  def _encode(
+    self, model: Decoder, texts: Sequence[EmbeddingText]
+  ) -> np.ndarray:
+    """Returns the texts' embeddings, float32 [texts, D] of length 1."""
+    encoded: list[np.ndarray | None] = [None] * len(texts)
+    for members, packing, fill in self._pack([text.ids for text in texts]):
+      rows = fill.rows(
+        [texts[i].ids for i in members],
+        [
+          np.arange(len(texts[i].ids)) < texts[i].instruction_length
+          for i in members
+        ],
+      )
+      nothing = np.zeros((0,), np.int32)
+      batch = EmbeddingRows(
+        rows,
+        (rows.segments > 0) & ~rows.in_instruction,
+        nothing,
+        nothing[:, None],
+        np.int32(0),
+      )
+      found = np.asarray(
+        _embed(self.config, model, place_batch(self.mesh, batch))
+      )
+      for i, row, segment in zip(
+        members, packing.rows, packing.segments, strict=True
+      ):
+        encoded[i] = found[row, segment - 1]
+    return np.stack(encoded)
+
+  def _generative_loss(self, model: Decoder) -> float:
+    """Returns the mean loss of an answer's token."""
+    total, count, texts = 0.0, 0, self.conversations
+    for members, _, fill in self._pack([text.ids for text in texts]):
+      rows = fill.rows(
+        [texts[i].ids for i in members],
+        [texts[i].in_instruction for i in members],
+      )
+      weights = fill([texts[i].in_loss for i in members], np.float32)
+      batch = GenerativeRows(rows, weights, np.int32(0))
+      total += float(
+        _loss_sum(self.config, model, place_batch(self.mesh, batch))
+      )
+      count += int(weights.sum())
+    return total / count
+
+  def _pack(
+    self, ids: Sequence[np.ndarray]
+  ) -> Iterator[tuple[list[int], Packing, Filler]]:
+    """Packs texts into batches of `evaluation.rows` rows.
+
+    Yields:
+      The texts' indices, where they lie, and what writes them there.
+    """
+    data, rows = self.config.data, self.config.evaluation.rows
+    lengths = np.array([len(text) for text in ids])
+    packing = pack(lengths, data.row_length, data.max_segments)
+    for start in range(0, packing.num_rows, rows):
+      inside = (packing.rows >= start) & (packing.rows < start + rows)
+      members = np.flatnonzero(inside)
+      part = Packing(
+        packing.rows[members] - start,
+        packing.segments[members],
+        packing.offsets[members],
+        rows,
+      )
+      fill = Filler(part, lengths[members], (rows, data.row_length))
+      yield members.tolist(), part, fill
+
+  def _first_exchange(
+    self, conversation: Conversation
+  ) -> tuple[list[int], list[int]]:
+    """Returns the prompt and the answer of a conversation's first turn."""
+    start = int(np.argmax(conversation.in_loss))
+    after = conversation.in_loss[start:]
+    stop = start + (len(after) if after.all() else int(np.argmin(after)))
+    ids = conversation.ids.tolist()
+    return ids[:start], ids[start:stop]
+
+  def _generate(self, model: Decoder, prompt: list[int]) -> list[int]:
+    """Continues `prompt` greedily, without a cache: one short answer."""
+    limit = min(
+      self.config.data.row_length,
+      len(prompt) + self.config.evaluation.generated_tokens,
+    )
+    tokens = np.zeros(
+      (row_shards(self.mesh), self.config.data.row_length), np.int32
+    )
+    tokens[:, : len(prompt)] = prompt
+    out, length = _continue(
+      self.config,
+      model,
+      place(self.mesh, tokens, 'rows', 'seq'),
+      len(prompt),
+      limit,
+      self.tokenizer.eos,
+    )
+    return np.asarray(out)[0, len(prompt) : int(length)].tolist()
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
+  [hidden] = model([batch.rows], [embedding_kind(config.model.attention)])
+  pooled = objective.pool_texts(model, hidden, batch, config.data.max_segments)
+  return pooling.normalise(pooled)
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_sum(
+  config: Config, model: Decoder, batch: GenerativeRows
+) -> jax.Array:
+  [hidden] = model([batch.rows], [generative_kind(config.model.attention)])
+  return losses.next_token_loss(model, hidden, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _continue(
+  config: Config,
+  model: Decoder,
+  tokens: jax.Array,
+  start: jax.Array,
+  limit: jax.Array,
+  eos: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Writes greedy tokens from `start` on until `eos` or `limit`."""
+  kind = generative_kind(config.model.attention)
+  place_ = jnp.arange(tokens.shape[1])
+
+  def extend(carry: tuple) -> tuple:
+    tokens, length, _ = carry
+    real = place_ < length
+    like = jnp.zeros_like(tokens)
+    rows = Rows(
+      tokens,
+      like + real.astype(jnp.int32),
+      like + jnp.where(real, place_, 0),
+      (like + (place_ < start)).astype(bool),
+    )
+    [hidden] = model([rows], [kind])
+    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    logits = model.logits(last, model.gather_head())
+    chosen = jnp.argmax(
+      jax.sharding.reshard(logits, spec('rows', None, None)), axis=-1
+    ).astype(jnp.int32)
+    tokens = jnp.where(place_ == length, chosen, tokens)
+    # All rows are one text, so any row's token says whether it has ended.
+    return tokens, length + 1, jnp.all(chosen == eos)
+
+  tokens, length, _ = jax.lax.while_loop(
+    lambda carry: (carry[1] < limit) & ~carry[2],
+    extend,
+    (tokens, start, jnp.array(False)),
+  )
+  return tokens, length
+
+
+def _sample(datasets: Sequence[Any], count: int, seed: int) -> list:
+  """Reads up to `count` records of all data sets, evenly and always alike."""
+  total = sum(len(dataset) for dataset in datasets)
+  chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+  found, start = [], 0
+  for dataset in datasets:
+    inside = (chosen >= start) & (chosen < start + len(dataset))
+    found += dataset.read(chosen[inside] - start)
+    start += len(dataset)
+  return found
+
+
+def _shorten(text: str, lines: int) -> str:
+  kept = [line[:100] for line in text.strip().splitlines()]
+  more = [] if len(kept) <= lines else ['...']
+  return '\n'.join(kept[:lines] + more)
+
+
+def _indent(text: str) -> str:
+  return '\n'.join(f'    {line}' for line in text.splitlines())

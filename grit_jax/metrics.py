@@ -1,0 +1,184 @@
+"""Metrics of a run: a file of JSON lines, TensorBoard, a bar, a picture.
+
+A run that resumes goes on in the same `metrics.jsonl`, which then holds the
+steps of a run that was never interrupted, each once.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import jax
+import tensorboardX
+import tqdm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+TOKENS_PER_SECOND = 'tokens_per_second'
+
+# What `plot_losses` draws: key, title and unit.
+PLOTS = (
+  ('loss', 'Loss', 'weighted sum'),
+  ('loss_rep', 'Embedding loss', 'nats per query'),
+  ('loss_gen', 'Generative loss', 'nats per token'),
+  ('learning_rate', 'Learning rate', 'per step'),
+)
+
+
+class MetricsError(ValueError):
+  """A metrics file that cannot be read; the message names file and line."""
+
+
+class MetricsWriter:
+  """Writes metrics, and shows the progress; a context manager.
+
+  Of several processes the first alone writes. While it is open, other output
+  goes through `tqdm.tqdm.write`, or it tears the progress bar.
+  """
+
+  def __init__(
+    self, workdir: os.PathLike | str, start_step: int, total_steps: int
+  ):
+    """Opens the files, without what they have of later steps.
+
+    Args:
+      workdir: a folder on a file system that can append.
+      start_step: the checkpoint's that the run goes on from; 0: a new run.
+      total_steps: of the run.
+    """
+    self._is_writer = jax.process_index() == 0
+    self._step = start_step
+    if not self._is_writer:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'metrics.jsonl'
+    if path.exists():
+      _keep_until(path, start_step)
+    self._file = path.open('a', encoding='utf-8')
+    self._tensorboard = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'),
+      purge_step=start_step + 1 if start_step else 0,
+    )
+    self._bar = tqdm.tqdm(
+      initial=start_step,
+      total=total_steps,
+      unit='step',
+      dynamic_ncols=True,
+      bar_format=(
+        'step {n_fmt}/{total_fmt} |{bar}| {postfix} {remaining} left'
+      ),
+    )
+
+  def __enter__(self) -> 'MetricsWriter':
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Closes the files and the bar."""
+    if self._is_writer:
+      self._bar.close()
+      self._tensorboard.close()
+      self._file.close()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes the metrics of a step, in the order of `values`.
+
+    What is not finite is null in the file, as JSON has no number for it.
+    """
+    if not self._is_writer:
+      return
+    numbers = {key: float(value) for key, value in values.items()}
+    line = {'step': int(step)} | {
+      key: number if math.isfinite(number) else None
+      for key, number in numbers.items()
+    }
+    self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+    for key, number in numbers.items():
+      self._tensorboard.add_scalar(key, number, step)
+    self._bar.set_postfix_str(_describe(numbers), refresh=False)
+    self.advance(step)
+
+  def advance(self, step: int) -> None:
+    """Moves the bar to a step."""
+    if self._is_writer:
+      self._bar.update(step - self._step)
+      self._step = step
+
+
+def _describe(numbers: dict[str, float]) -> str:
+  parts = [
+    f'{key}={numbers[key]:.4f}'
+    for key in ('loss_rep', 'loss_gen')
+    if key in numbers
+  ]
+  if TOKENS_PER_SECOND in numbers:
+    parts.append(f'{numbers[TOKENS_PER_SECOND]:,.0f} tokens/s')
+  return ', '.join(parts)
+
+
+def _read(path: pathlib.Path) -> list[dict[str, float | None]]:
+  """Returns the lines of a metrics file, without a torn last one."""
+  lines = path.read_text(encoding='utf-8').splitlines()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      # A kill tears the last line alone.
+      if number < len(lines):
+        raise MetricsError(f'{path}:{number} is not JSON: {error}') from error
+  return records
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+  """Removes the lines of later steps, at once or not at all.
+
+  A new run, from step 0, writes step 0 itself.
+  """
+  kept = [record for record in _read(path) if 0 < step >= record['step']]
+  temporary = path.with_suffix('.jsonl.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.writelines(json.dumps(record) + '\n' for record in kept)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def plot_losses(workdir: os.PathLike | str) -> pathlib.Path:
+  """Draws `{workdir}/loss.png` from `{workdir}/metrics.jsonl`.
+
+  Returns:
+    The picture's path.
+  """
+  workdir = pathlib.Path(workdir)
+  records = _read(workdir / 'metrics.jsonl')
+  plots = [
+    plot for plot in PLOTS if any(plot[0] in record for record in records)
+  ]
+  figure = Figure(figsize=(8, 2.2 * max(len(plots), 1)), layout='constrained')
+  FigureCanvasAgg(figure)
+  rows = figure.subplots(len(plots), 1, sharex=True, squeeze=False)[:, 0]
+  for i, (axes, (key, title, unit)) in enumerate(
+    zip(rows, plots, strict=True)
+  ):
+    points = [
+      (record['step'], math.nan if record[key] is None else record[key])
+      for record in records
+      if key in record
+    ]
+    steps, values = zip(*points, strict=True)
+    marker = '.' if len(points) <= 50 else ''
+    axes.plot(steps, values, color=f'C{i}', linewidth=1.4, marker=marker)
+    axes.set_title(title, loc='left', fontsize=10)
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.01)
+    axes.spines[['top', 'right']].set_visible(False)
+  if plots:
+    rows[-1].set_xlabel('step')
+  path = workdir / 'loss.png'
+  figure.savefig(path, dpi=150)
+  return path

@@ -1,0 +1,282 @@
+"""GRIT's joint objective and the train step.
+
+L = embedding_weight * L_rep + generative_weight * L_gen (arXiv 2402.09906,
+eq. 3), over the global batch, on any mesh. Two executors of the same loss and
+gradient: one pass over the whole batch, or gradient caching in chunks of rows.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grit_jax import losses, pooling
+from grit_jax.batch import Batch, EmbeddingRows, GenerativeRows, Rows
+from grit_jax.config import Config
+from grit_jax.models.attention import embedding_kind, generative_kind
+from grit_jax.models.decoder import Decoder
+from grit_jax.sharding import spec
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: int32 [], steps done.
+    model: the weights.
+    optimizer: optax's state.
+  """
+
+  step: jax.Array
+  model: Decoder
+  optimizer: optax.OptState
+
+
+def create_state(
+  config: Config, optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
+  """Draws the weights; under `jax.jit` all is born in its sharding."""
+  model = Decoder(config.model, rng)
+  return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+
+def pool_texts(
+  model: Decoder, hidden: jax.Array, batch: EmbeddingRows, max_segments: int
+) -> jax.Array:
+  """Returns the embeddings of a stream's texts, float32 [R, M, D].
+
+  They are not normalised; M is `max_segments`.
+  """
+  with jax.named_scope('pool'):
+    pooled = pooling.pool(hidden, batch, model.config.pooling, max_segments)
+    return model.project(pooled)
+
+
+def representation_loss(
+  pooled: jax.Array, batch: EmbeddingRows, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """L_rep of the texts in `batch`, from all their embeddings.
+
+  Args:
+    pooled: float32 [R, M, D], split over rows.
+    batch: its slots say which row and segment is which text.
+    temperature: of the contrastive loss.
+
+  Returns:
+    The loss, and the share of queries whose positive scores highest.
+  """
+  flat = pooled.reshape(
+    -1, pooled.shape[-1], out_sharding=spec('rows', None)
+  )
+  # Every query sees all passages: each device contributes the texts of its
+  # rows, and one all-reduce of [Q, D] and [Q, G, D] brings them together.
+  everywhere = spec('texts', None)
+  queries = flat.at[batch.query_slots].get(out_sharding=everywhere)
+  everywhere = spec('texts', None, None)
+  passages = flat.at[batch.passage_slots].get(out_sharding=everywhere)
+  with jax.named_scope('contrastive_loss'):
+    return losses.contrastive_loss(
+      pooling.normalise(queries), pooling.normalise(passages), temperature
+    )
+
+
+def one_pass_loss(
+  model: Decoder, batch: Batch, config: Config
+) -> tuple[jax.Array, Metrics]:
+  """The joint loss, both streams in one pass through the decoder."""
+  streams, kinds = [], []
+  if batch.embedding is not None:
+    streams.append(batch.embedding.rows)
+    kinds.append(embedding_kind(config.model.attention))
+  if batch.generative is not None:
+    streams.append(batch.generative.rows)
+    kinds.append(generative_kind(config.model.attention))
+  hidden = model(streams, kinds, config.memory.remat)
+  loss, metrics = jnp.zeros((), jnp.float32), {}
+  if batch.embedding is not None:
+    pooled = pool_texts(
+      model, hidden[0], batch.embedding, config.data.max_segments
+    )
+    loss_rep, accuracy = representation_loss(
+      pooled, batch.embedding, config.objective.temperature
+    )
+    loss += config.objective.embedding_weight * loss_rep
+    metrics |= {'loss_rep': loss_rep, 'in_batch_accuracy': accuracy}
+  if batch.generative is not None:
+    total = losses.next_token_loss(model, hidden[-1], batch.generative)
+    loss_gen = total / batch.generative.loss_weights.sum()
+    loss += config.objective.generative_weight * loss_gen
+    metrics |= {'loss_gen': loss_gen}
+  return loss, {'loss': loss, **metrics}
+
+
+def one_pass_gradient(
+  model: Decoder, batch: Batch, config: Config
+) -> tuple[Decoder, Metrics]:
+  """Returns the gradient of the joint loss, and its metrics."""
+  gradient, metrics = jax.grad(one_pass_loss, has_aux=True)(
+    model, batch, config
+  )
+  return gradient, metrics
+
+
+def cached_gradient(
+  model: Decoder, batch: Batch, config: Config
+) -> tuple[Decoder, Metrics]:
+  """The same gradient by gradient caching (arXiv 2101.06983).
+
+  Encode every chunk without keeping what a gradient needs; take the loss's
+  gradient at the embeddings; then encode each chunk again and pull that
+  gradient back to the weights. Generative chunks add up. Memory is that of one
+  chunk and of the embeddings. The trip counts are traced: chunks beyond those
+  in use are not computed, and one program serves every batch.
+  """
+  gradient = jax.tree.map(jnp.zeros_like, model)
+  loss, metrics = jnp.zeros((), jnp.float32), {}
+  if batch.embedding is not None:
+    weight = config.objective.embedding_weight
+    added, loss_rep, accuracy = _cached_representation_gradient(
+      model, batch.embedding, config, gradient
+    )
+    gradient = added
+    loss += weight * loss_rep
+    metrics |= {'loss_rep': loss_rep, 'in_batch_accuracy': accuracy}
+  if batch.generative is not None:
+    weight = config.objective.generative_weight
+    gradient, loss_gen = _cached_generative_gradient(
+      model, batch.generative, config, gradient
+    )
+    loss += weight * loss_gen
+    metrics |= {'loss_gen': loss_gen}
+  return gradient, {'loss': loss, **metrics}
+
+
+def _cached_representation_gradient(
+  model: Decoder, batch: EmbeddingRows, config: Config, gradient: Decoder
+) -> tuple[Decoder, jax.Array, jax.Array]:
+  """Adds embedding_weight * dL_rep to `gradient`; returns L_rep besides."""
+  max_segments = config.data.max_segments
+  count, size = batch.rows.tokens.shape[:2]
+  width = config.model.projection_dim or config.model.embed_dim
+  kind = embedding_kind(config.model.attention)
+
+  def encode(model: Decoder, index: jax.Array) -> jax.Array:
+    chunk = dataclasses.replace(
+      batch, rows=_chunk(batch.rows, index), pooled=_chunk(batch.pooled, index)
+    )
+    [hidden] = model([chunk.rows], [kind], config.memory.remat)
+    return pool_texts(model, hidden, chunk, max_segments)
+
+  def keep(index: jax.Array, cache: jax.Array) -> jax.Array:
+    return cache.at[index].set(encode(model, index))
+
+  cache = jnp.zeros(
+    (count, size, max_segments, width),
+    out_sharding=spec(None, 'rows', None, None),
+  )
+  cache = jax.lax.fori_loop(0, batch.chunks, keep, cache)
+
+  def loss_of(cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Rows are split over devices within each chunk; a slot counts rows chunk
+    # by chunk, so the rows' axis goes first for a local reshape.
+    pooled = jnp.swapaxes(cache, 0, 1).reshape(
+      size * count, max_segments, width,
+      out_sharding=spec('rows', None, None),
+    )  # fmt: skip
+    slots = dataclasses.replace(
+      batch,
+      query_slots=_row_major(batch.query_slots, count, size, max_segments),
+      passage_slots=_row_major(batch.passage_slots, count, size, max_segments),
+    )
+    return representation_loss(pooled, slots, config.objective.temperature)
+
+  (loss, accuracy), cache_gradient = jax.value_and_grad(
+    loss_of, has_aux=True
+  )(cache)
+  cache_gradient *= config.objective.embedding_weight
+
+  def add(index: jax.Array, gradient: Decoder) -> Decoder:
+    _, pull_back = jax.vjp(lambda model: encode(model, index), model)
+    [chunk_gradient] = pull_back(_chunk(cache_gradient, index))
+    return jax.tree.map(jnp.add, gradient, chunk_gradient)
+
+  gradient = jax.lax.fori_loop(0, batch.chunks, add, gradient)
+  return gradient, loss, accuracy
+
+
+def _cached_generative_gradient(
+  model: Decoder, batch: GenerativeRows, config: Config, gradient: Decoder
+) -> tuple[Decoder, jax.Array]:
+  """Adds generative_weight * dL_gen to `gradient`; returns L_gen besides."""
+  kind = generative_kind(config.model.attention)
+  scale = 1 / batch.loss_weights.sum()
+
+  def loss_of(model: Decoder, index: jax.Array) -> jax.Array:
+    chunk = dataclasses.replace(
+      batch,
+      rows=_chunk(batch.rows, index),
+      loss_weights=_chunk(batch.loss_weights, index),
+    )
+    [hidden] = model([chunk.rows], [kind], config.memory.remat)
+    return losses.next_token_loss(model, hidden, chunk) * scale
+
+  def add(index: jax.Array, carry: tuple) -> tuple[Decoder, jax.Array]:
+    gradient, total = carry
+    loss, pull_back = jax.vjp(lambda model: loss_of(model, index), model)
+    [chunk_gradient] = pull_back(
+      jnp.full((), config.objective.generative_weight, loss.dtype)
+    )
+    return jax.tree.map(jnp.add, gradient, chunk_gradient), total + loss
+
+  start = (gradient, jnp.zeros((), jnp.float32))
+  return jax.lax.fori_loop(0, batch.chunks, add, start)
+
+
+def _chunk(tree: Rows | jax.Array, index: jax.Array) -> Rows | jax.Array:
+  """Takes chunk `index` of arrays [chunks, R, ...]."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
+  )
+
+
+def _row_major(
+  slots: jax.Array, count: int, size: int, max_segments: int
+) -> jax.Array:
+  """Renumbers slots from rows chunk by chunk to rows place by place."""
+  row, segment = jnp.divmod(slots, max_segments)
+  chunk, place = jnp.divmod(row, size)
+  return (place * count + chunk) * max_segments + segment
+
+
+def make_train_step(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the jitted step; it gives its old state's memory to the new."""
+  gradient_of = (
+    cached_gradient if config.memory.chunk_rows else one_pass_gradient
+  )
+
+  def train_step(
+    state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    gradient, metrics = gradient_of(state.model, batch, config)
+    with jax.named_scope('optimizer'):
+      updates, optimizer_state = optimizer.update(
+        gradient, state.optimizer, state.model
+      )
+      model = optax.apply_updates(state.model, updates)
+    metrics |= {
+      'grad_norm': optax.tree.norm(gradient),
+      'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    return TrainState(state.step + 1, model, optimizer_state), metrics
+
+  return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,58 @@
+"""Packaging of grit_jax."""
+
+import pathlib
+
+import setuptools
+
+README = pathlib.Path(__file__).parent / 'README.md'
+
+# The lower bounds are the versions that the tests have run on; below them
+# nothing is known. Python 3.11 and 3.12 get different versions of JAX.
+REQUIREMENTS = [
+  'absl-py>=2.3',
+  'etils[epath]>=1.13',
+  'flax>=0.12.8',
+  'grain>=0.2.18',
+  # TensorFlow Datasets imports it for any data set of its catalogue, and
+  # declares it for old Pythons alone.
+  'importlib_resources>=6',
+  'jax>=0.10.2',
+  'matplotlib>=3.10',
+  'ml-collections>=1.1',
+  'numpy>=2.3',
+  'optax>=0.2.8',
+  'orbax-checkpoint>=0.12.8',
+  'scikit-learn>=1.7',
+  'sentencepiece>=0.2.1',
+  'tensorboardX>=2.6.4',
+  'tensorflow-datasets>=4.9.10',
+  'tqdm>=4.67',
+]
+
+EXTRAS = {
+  # PyTorch is in tests alone, as the independent side of a comparison; on
+  # newer Pythons those comparisons are skipped.
+  'test': [
+    'pytest>=8.4',
+    'ruff>=0.14',
+    'mistral-common>=1.8; python_version < "3.12"',
+    'torch==2.13.0; python_version < "3.12"',
+    'transformers>=5.2; python_version < "3.12"',
+  ],
+  'tpu': ['jax[tpu]'],
+  'cuda': ['jax[cuda13]'],
+}
+
+setuptools.setup(
+  name='grit_jax',
+  version='0.1.0',
+  description='GRIT in JAX: one language model that embeds and generates',
+  long_description=README.read_text() if README.exists() else '',
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['grit_jax', 'grit_jax.*']),
+  install_requires=REQUIREMENTS,
+  extras_require=EXTRAS,
+)

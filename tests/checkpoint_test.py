@@ -1,0 +1,361 @@
+"""Tests of checkpoints."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from grit_jax import optimizer
+from grit_jax.checkpoint import CheckpointError, Checkpoints
+from grit_jax.config import MeshConfig, OptimizerConfig
+from grit_jax.models import presets
+from grit_jax.models.decoder import Decoder
+from grit_jax.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = {'model': {'vocab_size': 101, 'dtype': 'float32'}, 'steps': 12}
+# Not text, and long enough for half of it to be missed.
+TOKENIZER = bytes(range(256)) * 8
+TRANSFORMATION = optimizer.make_optimizer(OptimizerConfig(), 10)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def eight_devices():
+  """These tests move checkpoints between meshes of 8 devices."""
+  jax.config.update('jax_num_cpu_devices', 8)
+  assert jax.device_count() == 8
+
+
+def init_state(key: jax.Array, **changes: int) -> dict:
+  import dataclasses
+
+  model = Decoder(dataclasses.replace(presets.tiny(), **changes), key)
+  state = {
+    'model': model,
+    'optimizer': TRANSFORMATION.init(model),
+    'step': jnp.zeros((), jnp.int32),
+  }
+  # Every array gets values of its own, the moments too.
+  leaves, structure = jax.tree.flatten(state)
+  leaves = [leaf + i for i, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(structure, leaves)
+
+
+def make_state(**changes: int) -> dict:
+  return jax.jit(lambda key: init_state(key, **changes))(jax.random.key(0))
+
+
+def abstract_state(**changes: int) -> dict:
+  return jax.eval_shape(
+    lambda key: init_state(key, **changes), jax.random.key(0)
+  )
+
+
+def make_iterator() -> grain.DatasetIterator:
+  return iter(grain.MapDataset.range(100).map(lambda x: x**2).to_iter_dataset())
+
+
+def advance(iterator: grain.DatasetIterator, steps: int) -> list[int]:
+  return [int(next(iterator)) for _ in range(steps)]
+
+
+def assert_equal(actual: dict, expected: dict) -> None:
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(
+      np.asarray(a), np.asarray(b), strict=True
+    ),
+    actual,
+    expected,
+  )
+
+
+def listing(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+  return {
+    path: path.read_bytes() for path in folder.rglob('*') if path.is_file()
+  }
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """A workdir with a checkpoint of step 7, and its state; not to be changed."""
+  workdir = tmp_path_factory.mktemp('saved')
+  with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    state = make_state()
+  iterator = make_iterator()
+  advance(iterator, 7)
+  with Checkpoints(workdir, keep=2) as checkpoints:
+    assert checkpoints.latest() is None
+    assert checkpoints.save(7, state, iterator, CONFIG, TOKENIZER)
+    # After the call, so not a part of the checkpoint.
+    advance(iterator, 3)
+  return workdir, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'devices'), [((2, 2, 2), 8), ((1, 8, 1), 8), ((1, 1, 1), 1)]
+)
+def test_state_is_bitwise_the_same_on_any_mesh(saved, shape, devices):
+  workdir, expected = saved
+  mesh = make_mesh(MeshConfig(*shape), jax.devices()[:devices])
+  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
+    assert checkpoints.latest() == 7
+    state = checkpoints.restore(7, abstract_state(), None)
+    assert_equal(state, expected)
+    # The types hold the shardings, and the train step compiles once a type.
+    fresh = make_state()
+    types = [jax.tree.map(jax.typeof, tree) for tree in (state, fresh)]
+    assert types[0] == types[1]
+    jax.tree.map(
+      lambda a, b: pytest.fail(f'{a.sharding} is not {b.sharding}')
+      if not a.sharding.is_equivalent_to(b.sharding, a.ndim)
+      else None,
+      state,
+      fresh,
+    )
+
+
+def test_state_is_restored_without_a_mesh(saved):
+  workdir, expected = saved
+  with Checkpoints(workdir, keep=0) as checkpoints:
+    state = checkpoints.restore(
+      7, {'step': jax.ShapeDtypeStruct((), jnp.int32)}, None
+    )
+  assert_equal(state, {'step': expected['step']})
+
+
+def test_the_model_alone_can_be_restored(saved):
+  workdir, expected = saved
+  mesh = make_mesh(MeshConfig(1, 8, 1))
+  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
+    wanted = {'model': abstract_state()['model']}
+    state = checkpoints.restore(7, wanted, None)
+  assert_equal(state, {'model': expected['model']})
+
+
+def test_arrays_are_saved_under_the_names_in_the_code(saved):
+  import orbax.checkpoint as ocp
+
+  workdir, expected = saved
+  with Checkpoints(workdir, keep=0) as checkpoints:
+    folder = checkpoints.path(7) / 'state'
+  tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+  names = nnx.to_pure_dict(nnx.state(expected['model']))
+  saved_structure = jax.tree.structure(jax.tree.map(lambda _: 0, tree['model']))
+  assert saved_structure == jax.tree.structure(names)
+  moments = tree['optimizer']['1']['0']['nu']
+  assert moments['blocks']['attention']['q'].shape == (2, 32, 40)
+
+
+def test_data_config_and_tokenizer_are_restored(saved):
+  workdir, _ = saved
+  iterator = make_iterator()
+  mesh = make_mesh(MeshConfig(1, 8, 1))
+  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
+    wanted = {'step': abstract_state()['step']}
+    checkpoints.restore(7, wanted, iterator)
+    assert advance(iterator, 3) == [49, 64, 81]
+    assert checkpoints.read_config(7) == CONFIG
+    assert checkpoints.read_tokenizer(7) == TOKENIZER
+    path = checkpoints.path(7) / 'tokenizer' / 'tokenizer.model'
+    assert path.read_bytes() == TOKENIZER
+
+
+def test_data_is_restored_on_another_number_of_processes(saved, tmp_path):
+  workdir = shutil.copytree(saved[0], tmp_path / 'copy')
+  iterator = make_iterator()
+  with Checkpoints(workdir, keep=0) as checkpoints:
+    folder = checkpoints.path(7) / 'data'
+    (folder / 'process_0-of-1.json').rename(folder / 'process_0-of-4.json')
+    step = {'step': jax.ShapeDtypeStruct((), jnp.int32)}
+    checkpoints.restore(7, step, iterator)
+  assert advance(iterator, 1) == [49]
+
+
+def test_the_newest_are_kept_and_an_existing_one_is_not_replaced(tmp_path):
+  state = {'step': jnp.zeros((), jnp.int32)}
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 5, 9):
+      assert checkpoints.save(
+        step, state, make_iterator(), {'step': step}, TOKENIZER
+      )
+    assert not checkpoints.save(9, state, make_iterator(), {}, TOKENIZER)
+    checkpoints.wait()
+    assert checkpoints.latest() == 9
+  folder = tmp_path / 'checkpoints'
+  assert sorted(path.name for path in folder.iterdir()) == ['5', '9']
+  # A run that goes on from an older step comes by the newer ones again.
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert not checkpoints.save(5, state, make_iterator(), {}, TOKENIZER)
+    assert checkpoints.read_config(5) == {'step': 5}
+    assert checkpoints.read_config(9) == {'step': 9}
+
+
+def test_the_state_can_be_donated_while_it_is_being_saved(tmp_path):
+  values = {f'x{i}': jnp.full((256, 256), i, jnp.float32) for i in range(8)}
+  expected = jax.tree.map(np.array, values)
+  types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
+
+  def step(tree):
+    return jax.tree.map(lambda x: x * 2 + 1, tree)
+
+  donate = jax.jit(step, donate_argnums=0)
+  donate.lower(values).compile()
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, values, make_iterator(), {}, TOKENIZER)
+    for _ in range(3):
+      values = donate(values)
+    jax.block_until_ready(values)
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(1, types, None), expected)
+
+
+def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
+  program = """
+    import sys, time
+    import grain, jax.numpy as jnp
+    import orbax.checkpoint as ocp
+    from grit_jax.checkpoint import Checkpoints
+
+    def state(step):
+      return {'weight': jnp.full((64, 64), step, jnp.float32)}
+
+    iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
+    with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+      checkpoints.save(1, state(1), iterator, {}, b'tokens')
+      checkpoints.wait()
+      async def hang(*_):
+        print('saving', flush=True)
+        time.sleep(60)
+      ocp.JsonCheckpointHandler._save_fn = hang
+      checkpoints.save(2, state(2), iterator, {}, b'tokens')
+  """
+  child = subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(program), str(tmp_path)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  with child:
+    assert child.stdout.readline() == 'saving\n'
+    child.send_signal(signal.SIGKILL)
+  folder = tmp_path / 'checkpoints'
+  names = sorted(path.name for path in folder.iterdir())
+  assert len(names) == 2 and names[0] == '1' and names[1] != '2', names
+  wanted = {'weight': jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+  with Checkpoints(tmp_path, keep=0) as reader:
+    assert reader.latest() == 1
+  assert len(list(folder.iterdir())) == 2, 'a reader has cleaned'
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.latest() == 1
+    state = checkpoints.restore(1, wanted, make_iterator())
+    np.testing.assert_array_equal(state['weight'], np.ones((64, 64)))
+    assert checkpoints.save(2, wanted_values(), make_iterator(), {}, b'tokens')
+    checkpoints.wait()
+    assert checkpoints.latest() == 2
+  assert sorted(path.name for path in folder.iterdir()) == ['1', '2']
+
+
+def wanted_values() -> dict:
+  return {'weight': jnp.ones((64, 64), jnp.float32)}
+
+
+def read_all(checkpoints: Checkpoints, wanted: dict) -> None:
+  checkpoints.restore(7, wanted, make_iterator())
+  checkpoints.read_config(7)
+  checkpoints.read_tokenizer(7)
+
+
+def check_refused(workdir: pathlib.Path, *parts: str, **changes: int) -> None:
+  """Checks the message, and that reading changes nothing on the disk."""
+  before = listing(workdir)
+  mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+  with Checkpoints(workdir, keep=1) as checkpoints, jax.set_mesh(mesh):
+    with pytest.raises(CheckpointError) as error:
+      read_all(checkpoints, abstract_state(**changes))
+  message = str(error.value)
+  assert message.startswith(str(workdir / 'checkpoints' / '7'))
+  for part in parts:
+    assert part in message, message
+  assert '\n' not in message
+  assert listing(workdir) == before
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'removed'])
+@pytest.mark.parametrize(
+  ('pattern', 'item'),
+  [
+    ('state/_METADATA', 'state'),
+    ('state/manifest.ocdbt', 'state'),
+    ('state/ocdbt.process_0/d/*', 'state'),
+    ('data/process_0-of-1.json', 'data'),
+    ('config/config.json', 'config'),
+    ('tokenizer/tokenizer.model', 'tokenizer'),
+  ],
+)
+def test_a_damaged_file_is_refused(saved, tmp_path, pattern, item, damage):
+  workdir = shutil.copytree(saved[0], tmp_path / 'copy')
+  for path in (workdir / 'checkpoints' / '7').glob(pattern):
+    content = path.read_bytes()
+    path.unlink()
+    if damage == 'truncated':
+      path.write_bytes(content[: len(content) // 2])
+  check_refused(workdir, f'the item {item} cannot be read: ')
+
+
+@pytest.mark.parametrize('item', ['state', 'data', 'config', 'tokenizer'])
+def test_a_missing_item_is_named(saved, tmp_path, item):
+  workdir = shutil.copytree(saved[0], tmp_path / 'copy')
+  shutil.rmtree(workdir / 'checkpoints' / '7' / item)
+  check_refused(workdir, f'the item {item} is missing')
+
+
+def test_a_missing_step_is_named_with_those_there_are(saved):
+  with Checkpoints(saved[0], keep=0) as checkpoints:
+    with pytest.raises(CheckpointError, match='8 does not exist.*here: 7'):
+      checkpoints.read_config(8)
+
+
+def test_a_reader_needs_checkpoints(tmp_path):
+  with pytest.raises(CheckpointError, match='checkpoints is not a folder'):
+    Checkpoints(tmp_path, keep=0)
+  assert not list(tmp_path.iterdir())
+
+
+def test_another_shape_is_named_with_both(saved):
+  check_refused(
+    saved[0],
+    'model/blocks/mlp/down with shape (2, 48, 32)',
+    'the model has it with shape (2, 96, 32)',
+    mlp_dim=96,
+  )
+
+
+def test_another_dtype_is_named_with_both(saved):
+  check_refused(
+    saved[0],
+    'model/blocks/attention/k with dtype float32',
+    'with dtype bfloat16',
+    param_dtype='bfloat16',
+  )
+
+
+def test_an_array_that_only_the_model_has_is_named(saved):
+  check_refused(saved[0], 'has no model/projection', projection_dim=16)
+
+
+def test_an_array_that_only_the_checkpoint_has_is_named(saved):
+  check_refused(
+    saved[0],
+    'model/head, which the model has not',
+    tie_embeddings=True,
+  )

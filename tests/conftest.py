@@ -1,0 +1,91 @@
+"""Eight simulated devices, meshes over them, packed rows, random decoders."""
+
+from collections.abc import Callable
+
+import jax
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+
+from grit_jax import sharding  # noqa: E402
+from grit_jax.batch import Rows  # noqa: E402
+from grit_jax.config import MeshConfig, ModelConfig  # noqa: E402
+from grit_jax.models.decoder import Decoder  # noqa: E402
+from grit_jax.models.presets import tiny  # noqa: E402
+
+# Ten times the initial weights: there attention is all but uniform, so that
+# wrong rotary angles or a wrong mask would hardly show.
+WEIGHT_SCALE = 0.2
+
+
+@pytest.fixture(scope='session')
+def mesh_of() -> Callable[[int, int, int], Mesh]:
+  """Makes the mesh of these sizes over the first of the devices."""
+
+  def make(data: int, fsdp: int, tensor: int) -> Mesh:
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.make_mesh(MeshConfig(data, fsdp, tensor), devices)
+
+  return make
+
+
+@pytest.fixture
+def one_device(mesh_of: Callable) -> Mesh:
+  """The mesh of one device, in force during the test."""
+  mesh = mesh_of(1, 1, 1)
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture(scope='session')
+def pack() -> Callable[..., Rows]:
+  """Draws rows, on the host, from layouts such as `iitt|itt|t`.
+
+  A layout is a row, with a letter a token, i(nstruction) or t(ext), and a bar
+  between segments. What is missing to `length` is padding.
+  """
+
+  def draw(*layouts: str, length: int, vocab: int = 101, seed: int = 0) -> Rows:
+    shape = (len(layouts), length)
+    segments = np.zeros(shape, np.int32)
+    positions = np.zeros(shape, np.int32)
+    in_instruction = np.zeros(shape, bool)
+    for row, layout in enumerate(layouts):
+      start = 0
+      for number, letters in enumerate(layout.split('|'), start=1):
+        place = np.s_[row, start : start + len(letters)]
+        segments[place] = number
+        positions[place] = np.arange(len(letters))
+        in_instruction[place] = [letter == 'i' for letter in letters]
+        start += len(letters)
+    tokens = np.random.default_rng(seed).integers(vocab, size=shape)
+    tokens = np.where(segments > 0, tokens, 0).astype(np.int32)
+    return Rows(tokens, segments, positions, in_instruction)
+
+  return draw
+
+
+@pytest.fixture(scope='session')
+def random_decoder() -> Callable[..., Decoder]:
+  """Draws a decoder, the same on every mesh and without compiling."""
+
+  def draw(mesh: Mesh, config: ModelConfig | None = None) -> Decoder:
+    config = config or tiny()
+    rng = np.random.default_rng(0)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+      values = WEIGHT_SCALE * rng.standard_normal(leaf.shape)
+      if 'norm' in jax.tree_util.keystr(path):
+        values = values + 1
+      stored = NamedSharding(mesh, leaf.sharding.spec)
+      return jax.device_put(values.astype(leaf.dtype), stored)
+
+    with jax.set_mesh(mesh):
+      shapes = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
+      return jax.tree_util.tree_map_with_path(fill, shapes)
+
+  return draw

@@ -1,0 +1,122 @@
+"""Tests of the masks, of attention itself and of rotary positions."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from grit_jax.batch import Rows
+from grit_jax.config import ATTENTION_MODES
+from grit_jax.models import attention
+from grit_jax.models.attention import Kind
+
+# Float32 sums of some ten products of numbers of size 1, in another order.
+SUM_TOLERANCE = 1e-5
+# Float32 cosines of angles up to 4096, whose spacing is 2^-11 = 5e-4.
+ANGLE_TOLERANCE = 5e-4
+
+LENGTH = 14
+LAYOUTS = (
+  'iitt|ii|iiitt',  # padding behind; instruction against instruction
+  'iittiitttiitii',  # several stretches in a segment, a full row
+  't|i|tt|tti|itti',
+  '',
+)
+KINDS = {
+  'bb': Kind.BIDIRECTIONAL,
+  'cc': Kind.CAUSAL,
+  'bc': Kind.INSTRUCTION,
+  'cb': Kind.TEXT,
+}
+
+
+def sees(rows: Rows, row: int, t: int, s: int, letters: str, window: int):
+  """Whether token t sees token s by a mode's letters, one pair at a time."""
+  segments, instruction = rows.segments[row], rows.in_instruction[row]
+  if segments[t] != segments[s]:
+    return False
+  if window and abs(t - s) >= window:
+    return False
+  if s <= t or letters == 'bb':
+    return True
+  stretch = instruction[t : s + 1]
+  letter = letters[0] if instruction[t] else letters[1]
+  return letter == 'b' and bool(np.all(stretch == instruction[t]))
+
+
+@pytest.mark.parametrize('window', [0, 1, 3])
+@pytest.mark.parametrize('letters', KINDS)
+def test_mask_equals_its_definition_token_by_token(
+  pack: Callable, letters: str, window: int
+):
+  rows = pack(*LAYOUTS, length=LENGTH)
+  mask = attention.make_mask(rows, KINDS[letters], window)
+  assert mask.shape == (len(LAYOUTS), LENGTH, LENGTH)
+  for row, t in np.argwhere(rows.segments > 0):
+    expected = [sees(rows, row, t, s, letters, window) for s in range(LENGTH)]
+    assert mask[row, t].tolist() == expected, (row, t)
+
+
+@pytest.mark.parametrize('kind', Kind)
+def test_padding_sees_itself_and_no_text(pack: Callable, kind: Kind):
+  rows = pack(*LAYOUTS, length=LENGTH)
+  mask = np.asarray(attention.make_mask(rows, kind, 0))
+  padding = rows.segments == 0
+  assert padding.any()
+  assert not (mask & padding[:, :, None] & ~padding[:, None, :]).any()
+  # A row of the softmax with nothing to see would be a mean of everything.
+  assert mask.diagonal(axis1=1, axis2=2).all()
+
+
+@pytest.mark.parametrize('mode', ATTENTION_MODES)
+def test_modes_give_each_stream_its_two_letters(mode: str):
+  assert attention.embedding_kind(mode) is KINDS[mode[:2]]
+  assert attention.generative_kind(mode) is KINDS[mode[2:]]
+
+
+def test_attend_equals_float64_attention_head_by_head(one_device):
+  rng = np.random.default_rng(0)
+  rows, tokens, heads, kv_heads, head_dim = 2, 7, 6, 2, 4
+  q = rng.standard_normal((rows, tokens, heads, head_dim))
+  k, v = rng.standard_normal((2, rows, tokens, kv_heads, head_dim))
+  mask = rng.random((rows, tokens, tokens)) < 0.5
+  mask |= np.eye(tokens, dtype=bool)
+  expected = np.empty_like(q)
+  for n in range(heads):
+    shared = n // (heads // kv_heads)
+    scores = np.einsum('btd,bsd->bts', q[:, :, n], k[:, :, shared])
+    weights = np.where(mask, np.exp(scores / np.sqrt(head_dim)), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected[:, :, n] = weights @ v[:, :, shared]
+  arrays = [jax.numpy.asarray(x, 'float32') for x in (q, k, v)]
+  actual = attention.attend(*arrays, jax.numpy.asarray(mask))
+  np.testing.assert_allclose(actual, expected, atol=SUM_TOLERANCE)
+
+
+def test_rotate_multiplies_complex_pairs_by_their_phase():
+  rng = np.random.default_rng(0)
+  head_dim, theta = 10, 1000.0
+  x = rng.standard_normal((2, 5, 3, head_dim))
+  positions = rng.integers(4096, size=(2, 5))
+  phases = positions[..., None] * theta ** (-np.arange(5) / 5)
+  pairs = x[..., :5] + 1j * x[..., 5:]
+  turned = pairs * np.exp(1j * phases)[:, :, None]
+  angles = attention.rotary_angles(
+    jax.numpy.asarray(positions, 'int32'), head_dim, theta
+  )
+  actual = attention.rotate(jax.numpy.asarray(x, 'float32'), angles)
+  np.testing.assert_allclose(
+    actual,
+    np.concatenate([turned.real, turned.imag], axis=-1),
+    atol=ANGLE_TOLERANCE * np.abs(x).max(),
+  )
+
+
+def test_rotary_angles_are_float32_for_bfloat16_heads():
+  positions = jax.numpy.asarray([[256, 257]], 'int32')
+  cos, sin = attention.rotary_angles(positions, 4, 10000.0)
+  assert cos.dtype == sin.dtype == 'float32'
+  assert cos[0, 0, 0] != cos[0, 1, 0]
+  x = jax.numpy.ones((1, 2, 1, 4), 'bfloat16')
+  assert attention.rotate(x, (cos, sin)).dtype == 'bfloat16'

@@ -1,0 +1,179 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax import objective, sharding
+from grit_jax.config import (
+  Config,
+  DataConfig,
+  MemoryConfig,
+  MeshConfig,
+  ObjectiveConfig,
+)
+from grit_jax.data.dataset import prepare
+from grit_jax.data.pipeline import Pipeline, place_batch
+from grit_jax.data.sources import TRAIN, sources
+from grit_jax.data.tokenizer import Tokenizer, train_tokenizer
+from grit_jax.models import presets
+from grit_jax.models.decoder import Decoder
+from grit_jax.optimizer import make_optimizer, make_schedule
+
+# float32 sums in another order over up to 8 devices or chunks; the values are
+# of order 1, and a temperature of 0.02 multiplies an embedding's by 50.
+MESH_TOLERANCE = 1e-5
+# One float64 evaluation against float32 with full-precision products.
+LOSS_TOLERANCE = 1e-5
+
+MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
+
+
+def words(rng: np.random.Generator, count: int) -> str:
+  letters = 'abcdefghij'
+  return ' '.join(
+    ''.join(rng.choice(list(letters), rng.integers(1, 5)))
+    for _ in range(count)
+  )
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  """A folder with records of both kinds, and a tokenizer."""
+  folder = tmp_path_factory.mktemp('objective')
+  rng = np.random.default_rng(0)
+  texts = [words(rng, 6) for _ in range(200)]
+  with open(folder / 'pairs.jsonl', 'w') as file:
+    for i in range(48):
+      record = {
+        'query': ['find ' + texts[i][:3], words(rng, 3)],
+        'pos': [['', words(rng, int(rng.integers(2, 12)))]],
+        'neg': [['', words(rng, 5)], ['', words(rng, 9)]],
+      }
+      file.write(json.dumps(record) + '\n')
+  with open(folder / 'chats.jsonl', 'w') as file:
+    for _ in range(48):
+      turns = [
+        words(rng, int(rng.integers(2, 6)))
+        for _ in range(2 * int(rng.integers(1, 3)))
+      ]
+      file.write(json.dumps({'text': turns}) + '\n')
+  tokenizer = Tokenizer(train_tokenizer(texts, 300))
+  found = sources(str(folder))
+  sets = {
+    source.kind: prepare(
+      source,
+      TRAIN,
+      tokenizer,
+      folder / 'cache',
+      max_query_tokens=48,
+      max_passage_tokens=64,
+      max_generative_tokens=64,
+      min_negatives=2,
+      held_out_fraction=0.0,
+    )
+    for source in found
+  }
+  return sets
+
+
+def make_config(**changes) -> Config:
+  config = Config(
+    model=dataclasses.replace(
+      presets.tiny(), vocab_size=300, num_kv_heads=2, projection_dim=12
+    ),
+    objective=ObjectiveConfig(
+      embedding_weight=0.7, generative_weight=1.3, mixed_groups=4
+    ),
+    data=DataConfig(
+      paths='unused',
+      embedding_batch=12,
+      generative_batch=16,
+      num_passages=3,
+      max_query_tokens=48,
+      max_passage_tokens=64,
+      max_generative_tokens=64,
+      row_length=64,
+      max_segments=4,
+    ),
+    steps=2,
+  )
+  return dataclasses.replace(config, **changes)
+
+
+def gradient_on(data, config: Config, shape: tuple[int, int, int]):
+  """The loss, metrics and gradient of step 0 on a mesh, in numpy."""
+  devices = jax.devices()[: int(np.prod(shape))]
+  mesh = sharding.make_mesh(MeshConfig(*shape), devices)
+  sharding.validate(config, mesh)
+  mode = config.objective
+  pipeline = Pipeline(
+    config,
+    [data['embedding']] if mode.has_embedding else [],
+    [data['generative']] if mode.has_generative else [],
+    8,  # the same rows on every mesh
+  )
+  host = pipeline.build(0)
+  function = (
+    objective.cached_gradient
+    if config.memory.chunk_rows
+    else objective.one_pass_gradient
+  )
+  with jax.set_mesh(mesh):
+    model = jax.jit(lambda rng: Decoder(config.model, rng))(jax.random.key(1))
+    batch = place_batch(mesh, host.batch)
+    # Weights ten times their initial scale: the losses must not hide in the
+    # flat beginning.
+    model = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model)
+    gradient, metrics = jax.jit(function, static_argnums=2)(
+      model, batch, config
+    )
+    return jax.tree.map(np.asarray, (model, gradient, metrics)), host
+
+
+def assert_equal_gradients(one, other) -> None:
+  leaves = jax.tree_util.tree_leaves_with_path(one)
+  for (path, expected), found in zip(
+    leaves, jax.tree.leaves(other), strict=True
+  ):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+      found / scale,
+      expected / scale,
+      atol=MESH_TOLERANCE,
+      err_msg=jax.tree_util.keystr(path),
+    )
+
+
+@pytest.fixture(scope='module')
+def one_device(data):
+  (model, gradient, metrics), host = gradient_on(
+    data, make_config(), (1, 1, 1)
+  )
+  return model, gradient, metrics, host
+
+
+@pytest.mark.parametrize('shape', MESHES)
+def test_loss_and_gradient_do_not_depend_on_the_mesh(data, one_device, shape):
+  _, gradient, metrics, _ = one_device
+  (_, found, found_metrics), _ = gradient_on(data, make_config(), shape)
+  for name in metrics:
+    np.testing.assert_allclose(
+      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
+    )
+  assert_equal_gradients(gradient, found)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+def test_chunks_give_the_one_pass_gradient(data, one_device, shape):
+  _, gradient, metrics, _ = one_device
+  config = make_config(memory=MemoryConfig(chunk_rows=4))
+  (_, found, found_metrics), host = gradient_on(data, config, shape)
+  assert int(host.batch.embedding.chunks) > 2
+  for name in metrics:
+    np.testing.assert_allclose(
+      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
+    )
+  assert_equal_gradients(gradient, found)
