@@ -77,10 +77,12 @@ class Checkpoints:
   def __init__(self, workdir: epath.PathLike, keep: int):
     """Opens `{workdir}/checkpoints`, to keep the `keep` newest; 0: to read."""
     self._directory = epath.Path(workdir) / 'checkpoints'
+    if not self._directory.is_absolute():
+      self._directory = self._directory.absolute()
     if not keep and not self._directory.is_dir():
       raise CheckpointError(f'{self._directory} is not a folder.')
     self._manager = ocp.CheckpointManager(
-      self._directory.absolute(),
+      self._directory,
       item_handlers={
         STATE: ocp.PyTreeCheckpointHandler(),
         DATA: grain.checkpoint.CheckpointHandler(),
@@ -107,7 +109,7 @@ class Checkpoints:
     self._manager.close()
 
   def latest(self) -> int | None:
-    """Returns the newest step that has a whole checkpoint."""
+    """Returns the newest step that is saved, or being saved by this run."""
     return self._manager.latest_step()
 
   def path(self, step: int) -> epath.Path:

@@ -66,9 +66,7 @@ class MetricsWriter:
       total=total_steps,
       unit='step',
       dynamic_ncols=True,
-      bar_format=(
-        'step {n_fmt}/{total_fmt} |{bar}| {postfix} {remaining} left'
-      ),
+      bar_format='step {n_fmt}/{total_fmt} |{bar}| {desc}{remaining} left',
     )
 
   def __enter__(self) -> 'MetricsWriter':
@@ -98,7 +96,7 @@ class MetricsWriter:
     self._file.flush()
     for key, number in numbers.items():
       self._tensorboard.add_scalar(key, number, step)
-    self._bar.set_postfix_str(_describe(numbers), refresh=False)
+    self._bar.set_description_str(_describe(numbers), refresh=False)
     self.advance(step)
 
   def advance(self, step: int) -> None:
@@ -116,7 +114,7 @@ def _describe(numbers: dict[str, float]) -> str:
   ]
   if TOKENS_PER_SECOND in numbers:
     parts.append(f'{numbers[TOKENS_PER_SECOND]:,.0f} tokens/s')
-  return ', '.join(parts)
+  return ''.join(f'{part}, ' for part in parts)
 
 
 def _read(path: pathlib.Path) -> list[dict[str, float | None]]:
@@ -157,28 +155,33 @@ def plot_losses(workdir: os.PathLike | str) -> pathlib.Path:
   records = _read(workdir / 'metrics.jsonl')
   plots = [
     plot for plot in PLOTS if any(plot[0] in record for record in records)
-  ]
-  figure = Figure(figsize=(8, 2.2 * max(len(plots), 1)), layout='constrained')
+  ] or PLOTS[:1]
+  figure = Figure(figsize=(8, 2.2 * len(plots)), layout='constrained')
   FigureCanvasAgg(figure)
   rows = figure.subplots(len(plots), 1, sharex=True, squeeze=False)[:, 0]
-  for i, (axes, (key, title, unit)) in enumerate(
-    zip(rows, plots, strict=True)
-  ):
+  for i, (axes, (key, title, unit)) in enumerate(zip(rows, plots, strict=True)):
     points = [
       (record['step'], math.nan if record[key] is None else record[key])
       for record in records
       if key in record
     ]
-    steps, values = zip(*points, strict=True)
     marker = '.' if len(points) <= 50 else ''
-    axes.plot(steps, values, color=f'C{i}', linewidth=1.4, marker=marker)
+    axes.plot(
+      [step for step, _ in points],
+      [value for _, value in points],
+      color=f'C{i}',
+      linewidth=1.4,
+      marker=marker,
+    )
     axes.set_title(title, loc='left', fontsize=10)
     axes.set_ylabel(unit)
+    if key == 'learning_rate':
+      axes.yaxis.set_major_formatter('{x:.1e}')
     axes.grid(alpha=0.3)
     axes.margins(x=0.01)
     axes.spines[['top', 'right']].set_visible(False)
-  if plots:
-    rows[-1].set_xlabel('step')
+  rows[-1].set_xlabel('step')
+  figure.align_ylabels()
   path = workdir / 'loss.png'
   figure.savefig(path, dpi=150)
   return path

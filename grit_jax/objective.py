@@ -71,9 +71,7 @@ def representation_loss(
   Returns:
     The loss, and the share of queries whose positive scores highest.
   """
-  flat = pooled.reshape(
-    -1, pooled.shape[-1], out_sharding=spec('rows', None)
-  )
+  flat = pooled.reshape(-1, pooled.shape[-1], out_sharding=spec('rows', None))
   # Every query sees all passages: each device contributes the texts of its
   # rows, and one all-reduce of [Q, D] and [Q, G, D] brings them together.
   everywhere = spec('texts', None)
@@ -196,9 +194,9 @@ def _cached_representation_gradient(
     )
     return representation_loss(pooled, slots, config.objective.temperature)
 
-  (loss, accuracy), cache_gradient = jax.value_and_grad(
-    loss_of, has_aux=True
-  )(cache)
+  (loss, accuracy), cache_gradient = jax.value_and_grad(loss_of, has_aux=True)(
+    cache
+  )
   cache_gradient *= config.objective.embedding_weight
 
   def add(index: jax.Array, gradient: Decoder) -> Decoder:
@@ -264,9 +262,7 @@ def make_train_step(
     cached_gradient if config.memory.chunk_rows else one_pass_gradient
   )
 
-  def train_step(
-    state: TrainState, batch: Batch
-  ) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     gradient, metrics = gradient_of(state.model, batch, config)
     with jax.named_scope('optimizer'):
       updates, optimizer_state = optimizer.update(

@@ -15,9 +15,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """
   peak = config.learning_rate
   warmup = -int(-config.warmup_fraction * steps // 1)
+  rest = max(steps - warmup, 1)  # a run of one step is all warm-up
   decay = {
-    'linear': lambda: optax.linear_schedule(peak, 0.0, steps - warmup),
-    'cosine': lambda: optax.cosine_decay_schedule(peak, steps - warmup),
+    'linear': lambda: optax.linear_schedule(peak, 0.0, rest),
+    'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
     'constant': lambda: optax.constant_schedule(peak),
   }[config.schedule]()
   if not warmup:

@@ -34,8 +34,7 @@ MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
 def words(rng: np.random.Generator, count: int) -> str:
   letters = 'abcdefghij'
   return ' '.join(
-    ''.join(rng.choice(list(letters), rng.integers(1, 5)))
-    for _ in range(count)
+    ''.join(rng.choice(list(letters), rng.integers(1, 5))) for _ in range(count)
   )
 
 
@@ -149,9 +148,7 @@ def assert_equal_gradients(one, other) -> None:
 
 @pytest.fixture(scope='module')
 def one_device(data):
-  (model, gradient, metrics), host = gradient_on(
-    data, make_config(), (1, 1, 1)
-  )
+  (model, gradient, metrics), host = gradient_on(data, make_config(), (1, 1, 1))
   return model, gradient, metrics, host
 
 

@@ -1,11 +1,13 @@
 """Tests of the schedule and of AdamW."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
@@ -20,6 +22,15 @@ TOLERANCE = 1e-6
 STEP_TOLERANCE = 1e-5
 
 PEAK = 3e-4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A matrix and a norm's scale, by paths like a decoder's."""
+
+  gate: jax.Array
+  norm: jax.Array
 
 
 @pytest.mark.parametrize(
@@ -53,9 +64,7 @@ def test_without_warm_up_the_first_step_has_the_peak(schedule: str):
   config = OptimizerConfig(
     learning_rate=PEAK, schedule=schedule, warmup_fraction=0.0
   )
-  np.testing.assert_allclose(
-    make_schedule(config, 7)(0), PEAK, rtol=TOLERANCE
-  )
+  np.testing.assert_allclose(make_schedule(config, 7)(0), PEAK, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +90,10 @@ def test_a_run_of_one_step_has_a_schedule(schedule: str):
   assert make_schedule(config, 1)(0) == 0
 
 
+def _wide(values: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  return {key: jnp.asarray(x, 'float32') for key, x in values.items()}
+
+
 @pytest.mark.parametrize('clip_norm', [0.0, 0.5])
 def test_steps_equal_adamw_in_float64(clip_norm: float):
   config = OptimizerConfig(
@@ -95,22 +108,15 @@ def test_steps_equal_adamw_in_float64(clip_norm: float):
   )
   rng = np.random.default_rng(0)
   values = {'gate': rng.standard_normal((3, 4)), 'norm': np.ones(4)}
-  params = {key: jnp.asarray(x, 'float32') for key, x in values.items()}
+  params = Weights(**_wide(values))
   decay = {'gate': 0.1, 'norm': 0.0}
   optimizer = make_optimizer(config, steps=10)
-  # Dict keys carry no name: build the tree that the mask is made for.
-  params = Matrices(**params)
-  state = optimizer.init(params)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
   first = dict.fromkeys(values, 0.0)
   second = dict.fromkeys(values, 0.0)
   for step in range(1, 4):
-    gradients = {
-      key: rng.standard_normal(x.shape) for key, x in values.items()
-    }
-    wide = Matrices(
-      **{key: jnp.asarray(x, 'float32') for key, x in gradients.items()}
-    )
-    updates, state = optimizer.update(wide, state, params)
+    gradients = {key: rng.standard_normal(x.shape) for key, x in values.items()}
+    updates, state = update(Weights(**_wide(gradients)), state, params)
     params = jax.tree.map(jnp.add, params, updates)
     length = math.sqrt(sum((x**2).sum() for x in gradients.values()))
     clip = min(1.0, clip_norm / length) if clip_norm else 1.0
@@ -127,3 +133,65 @@ def test_steps_equal_adamw_in_float64(clip_norm: float):
     np.testing.assert_allclose(
       getattr(params, key), expected, rtol=STEP_TOLERANCE, atol=TOLERANCE
     )
+
+
+def test_decay_leaves_norm_scales_and_biases_alone(
+  one_device: Mesh, random_decoder: Callable
+):
+  config = dataclasses.replace(presets.tiny(), projection_dim=4)
+  model = random_decoder(one_device, config)
+  mask = decay_mask(model)
+  apart = (
+    mask.blocks.attention_norm,
+    mask.blocks.mlp_norm,
+    mask.final_norm,
+    mask.projection_bias,
+  )
+  assert not any(jax.tree.leaves(apart))
+  matrices = (
+    mask.embed, mask.head, mask.projection, mask.blocks.attention,
+    mask.blocks.mlp,
+  )  # fmt: skip
+  assert all(jax.tree.leaves(matrices))
+  assert len(jax.tree.leaves((apart, matrices))) == len(jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_first_moment_has_its_dtype_and_the_second_stays_float32(
+  one_device: Mesh, dtype: str
+):
+  config = OptimizerConfig(first_moment_dtype=dtype)
+  optimizer = make_optimizer(config, steps=10)
+
+  def start() -> tuple:
+    model = Decoder(presets.tiny(), jax.random.key(0))
+    state = optimizer.init(model)
+    return state, optimizer.update(model, state, model)[1]
+
+  for state in jax.eval_shape(start):
+    (moments,) = optax.tree.get_all_with_path(state, 'mu')
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments[1])} == {
+      jnp.dtype(dtype)
+    }
+    (squares,) = optax.tree.get_all_with_path(state, 'nu')
+    assert {leaf.dtype for leaf in jax.tree.leaves(squares[1])} == {
+      jnp.dtype('float32')
+    }
+
+
+def test_moments_are_sharded_as_their_weights(
+  mesh_of: Callable, random_decoder: Callable
+):
+  mesh = mesh_of(1, 8, 1)
+  config = dataclasses.replace(presets.tiny(), head_dim=12)
+  model = random_decoder(mesh, config)
+  optimizer = make_optimizer(OptimizerConfig(), steps=10)
+  with jax.set_mesh(mesh):
+    state = jax.jit(optimizer.init)(model)
+  for name in ('mu', 'nu'):
+    moment = optax.tree.get(state, name)
+    jax.tree.map(_check_sharding, moment, model)
+
+
+def _check_sharding(moment: jax.Array, weight: jax.Array) -> None:
+  assert moment.sharding.is_equivalent_to(weight.sharding, weight.ndim)

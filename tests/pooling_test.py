@@ -49,9 +49,7 @@ def pool_text(hidden: np.ndarray, is_text: np.ndarray, pooling: str):
 
 
 @pytest.mark.parametrize('pooling', POOLINGS)
-def test_pool_equals_the_definition_text_by_text(
-  pack: Callable, pooling: str
-):
+def test_pool_equals_the_definition_text_by_text(pack: Callable, pooling: str):
   batch = make_batch(pack(*LAYOUTS, length=LENGTH))
   rng = np.random.default_rng(0)
   hidden = rng.standard_normal((len(LAYOUTS), LENGTH, WIDTH))
@@ -119,9 +117,7 @@ def test_projecting_after_pooling_equals_projecting_each_token_before(
   before = pool(
     jnp.asarray(hidden @ weight + bias, 'float32'), batch, pooling, 2
   )
-  after = model.project(
-    pool(jnp.asarray(hidden, 'float32'), batch, pooling, 2)
-  )
+  after = model.project(pool(jnp.asarray(hidden, 'float32'), batch, pooling, 2))
   there = np.array([[True, True], [True, False]])
   np.testing.assert_allclose(
     np.asarray(after)[there], np.asarray(before)[there], atol=SUM_TOLERANCE

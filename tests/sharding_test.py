@@ -158,3 +158,242 @@ def test_gradients_are_sharded_as_their_weights(
   ):
     assert y.sharding.is_equivalent_to(x.sharding, x.ndim), path
     assert z.is_equivalent_to(x.sharding, x.ndim), path
+
+
+def test_gradient_of_a_gather_crosses_data_as_a_shard(mesh_of: Callable):
+  # The CPU compiler writes a reduce-scatter as all-reduce and slice, so what
+  # shows here is the order: within `fsdp` first, then a shard over `data`.
+  mesh = mesh_of(2, 4, 1)
+  with jax.set_mesh(mesh):
+    stored = weight_spec('embed', 'mlp')
+    weight = jax.device_put(np.ones((64, 24), 'float32'), stored)
+    x = place(mesh, np.ones((16, 5, 64), 'float32'), 'rows', 'seq', 'embed')
+
+    def use(weight: jax.Array, x: jax.Array) -> jax.Array:
+      whole = gather(weight, 'embed', 'mlp', dtype='float32')
+      return jnp.sin(jnp.einsum('btd,df->btf', x, whole)).sum()
+
+    program = jax.jit(jax.grad(use)).lower(weight, x).compile()
+  assert program.output_shardings.is_equivalent_to(weight.sharding, 2)
+  moves = find_collectives(program)
+  sums = [line for line in moves if ' all-reduce' in line]
+  sums += [line for line in moves if ' reduce-scatter' in line]
+  over_data = [line for line in sums if '{{0,4},{1,5},{2,6},{3,7}}' in line]
+  over_fsdp = [line for line in sums if '{{0,1,2,3},{4,5,6,7}}' in line]
+  assert len(over_data) == len(over_fsdp) == 1
+  assert len(sums) == 2
+  assert 'f32[16,24]' in over_data[0]
+  assert len([line for line in moves if ' all-gather' in line]) == 1
+
+
+def test_gather_is_in_the_dtype_of_use_and_its_gradient_in_the_stored(
+  mesh_of: Callable,
+):
+  mesh = mesh_of(1, 8, 1)
+  with jax.set_mesh(mesh):
+    weight = jax.device_put(
+      np.ones((64, 24), 'float32'), weight_spec('embed', 'mlp')
+    )
+
+    def use(weight: jax.Array) -> jax.Array:
+      return gather(weight, 'embed', 'mlp', dtype='bfloat16')
+
+    whole = jax.eval_shape(use, weight)
+    text = jax.jit(use).lower(weight).as_text()
+    x = place(mesh, np.ones((8, 5, 64), 'float32'), 'rows', 'seq', 'embed')
+    x = x.astype('bfloat16')
+    gradient = jax.eval_shape(
+      jax.grad(lambda w: jnp.einsum('btd,df->btf', x, use(w)).sum()), weight
+    )
+  assert whole.dtype == 'bfloat16'
+  assert gradient.dtype == 'float32'
+  # The CPU compiler widens what it moves: this is before it.
+  moves = [x for x in text.splitlines() if 'sharding_constraint' in x]
+  assert moves
+  assert all('tensor<64x24xbf16>' in move for move in moves)
+
+
+@pytest.mark.parametrize('axes', [(), ('seq', 'heads')])
+def test_split_rows_undoes_join_rows_and_nothing_moves(
+  mesh_of: Callable, axes: tuple
+):
+  mesh = mesh_of(2, 2, 2)
+  shape = (3, 4)[: len(axes)]
+  rows = (8, 12, 4)
+  arrays = [
+    np.random.default_rng(n).random((n, *shape), dtype='float32') for n in rows
+  ]
+
+  def round_trip(streams: list[jax.Array]) -> tuple:
+    joined = join_rows(streams)
+    return joined, split_rows(joined, rows)
+
+  with jax.set_mesh(mesh):
+    streams = [place(mesh, x, 'rows', *axes) for x in arrays]
+    program = jax.jit(round_trip).lower(streams).compile()
+    joined, parts = program(streams)
+  assert find_collectives(program) == []
+  assert joined.sharding.spec[0] == sharding.ROWS
+  for part, stream in zip(parts, streams, strict=True):
+    np.testing.assert_array_equal(part, stream)
+    assert part.sharding.is_equivalent_to(stream.sharding, part.ndim)
+  # Each shard holds its own rows of the first stream, of the second, ...
+  for shard in joined.addressable_shards:
+    start = shard.index[0].start // 6
+    expected = [x[start * len(x) // 4 :][: len(x) // 4] for x in arrays]
+    np.testing.assert_array_equal(
+      shard.data, np.concatenate(expected)[(slice(None), *shard.index[1:])]
+    )
+
+
+def test_a_plain_concatenation_moves_rows(mesh_of: Callable):
+  mesh = mesh_of(2, 2, 2)
+  with jax.set_mesh(mesh):
+    x = place(mesh, np.ones((8, 3), 'float32'), 'rows', 'seq')
+    program = jax.jit(lambda x: jnp.concatenate([x, x])).lower(x).compile()
+  assert find_collectives(program)
+
+
+def test_a_single_stream_is_neither_joined_nor_split(one_device: Mesh):
+  x = jnp.ones((4, 3))
+  assert join_rows([x]) is x
+  assert split_rows(x, [4])[0] is x
+
+
+def test_weights_are_born_in_their_stored_sharding_and_alike_on_every_mesh(
+  mesh_of: Callable,
+):
+  config = dataclasses.replace(CONFIG, projection_dim=6)
+  models = []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    with jax.set_mesh(mesh_of(*sizes)):
+      models.append(jax.jit(lambda: Decoder(config, jax.random.key(0)))())
+  jax.tree.map(np.testing.assert_array_equal, *models)
+  model, blocks = models[1], models[1].blocks
+  expected = {
+    P(('tensor', 'fsdp'), None): [model.embed],
+    P('fsdp', 'tensor'): [model.head],
+    P(None, 'fsdp', 'tensor'): [
+      blocks.attention.q, blocks.attention.k, blocks.attention.v,
+      blocks.mlp.gate, blocks.mlp.up,
+    ],
+    P(None, ('tensor', 'fsdp'), None): [blocks.attention.o, blocks.mlp.down],
+    P('fsdp', None): [model.projection],
+    P(None, None): [blocks.attention_norm, blocks.mlp_norm],
+    P(None): [model.final_norm, model.projection_bias],
+  }  # fmt: skip
+  count = 0
+  for stored, weights in expected.items():
+    for weight in weights:
+      array = weight[...]
+      wanted = jax.sharding.NamedSharding(array.sharding.mesh, stored)
+      assert array.sharding.is_equivalent_to(wanted, array.ndim), stored
+      count += 1
+  assert count == len(jax.tree.leaves(model))
+
+
+def test_stored_specs_put_fsdp_on_the_first_axis_after_the_layers():
+  assert weight_spec('embed', 'mlp') == P('fsdp', 'tensor')
+  assert weight_spec('mlp', 'embed') == P(('tensor', 'fsdp'), None)
+  assert weight_spec('layers', 'embed', 'mlp') == P(None, 'fsdp', 'tensor')
+  assert spec('rows', None, 'heads') == P(('data', 'fsdp'), None, 'tensor')
+
+
+def test_two_logical_axes_on_one_mesh_axis_raise():
+  with pytest.raises(ValueError, match="'heads', 'mlp'.* twice"):
+    spec('heads', 'mlp')
+  with pytest.raises(ValueError, match="'mlp', 'vocab'.* twice"):
+    weight_spec('mlp', 'vocab')
+  with pytest.raises(ValueError, match="'embed', 'rows'.* twice"):
+    weight_spec('embed', 'rows')
+
+
+def test_an_unknown_logical_axis_raises():
+  with pytest.raises(KeyError, match='rowz'):
+    spec('rowz')
+
+
+def test_an_axis_of_minus_one_takes_the_devices_left_over():
+  assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {
+    'data': 2, 'fsdp': 2, 'tensor': 2
+  }  # fmt: skip
+  mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:3])
+  assert mesh.shape['data'] == 3
+  assert sharding.row_shards(make_mesh(MeshConfig(2, 2, 2))) == 4
+
+
+def test_a_mesh_that_does_not_fit_the_devices_raises():
+  with pytest.raises(MeshError, match='mesh.fsdp=3.* of 3 devices.* are 8'):
+    make_mesh(MeshConfig(1, 3, 1))
+
+
+def test_a_mesh_whose_rest_is_no_whole_number_raises():
+  with pytest.raises(MeshError, match='mesh.data=3.*8 devices.* by 3'):
+    make_mesh(MeshConfig(3, -1, 1))
+
+
+def make_config(**model: int) -> Config:
+  """A config that divides over every mesh above."""
+  return Config(
+    model=dataclasses.replace(CONFIG, **model),
+    evaluation=EvaluationConfig(rows=8),
+  )
+
+
+@pytest.mark.parametrize('sizes', MESHES)
+def test_a_config_that_divides_is_valid(mesh_of: Callable, sizes: tuple):
+  sharding.validate(make_config(), mesh_of(*sizes))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'sizes', 'message'),
+  [
+    ({'num_heads': 6}, (1, 2, 4), r'model\.num_heads=6 .*mesh\.tensor=4'),
+    ({'num_kv_heads': 2}, (1, 2, 4), r'model\.num_kv_heads=2 .*tensor=4'),
+    ({'mlp_dim': 46}, (1, 2, 4), r'model\.mlp_dim=46 .*mesh\.tensor=4'),
+    ({'mlp_dim': 44}, (1, 2, 4), r'model\.mlp_dim=44 .*mesh\.fsdp=8'),
+    ({'embed_dim': 36}, (1, 8, 1), r'model\.embed_dim=36 .*mesh\.fsdp=8'),
+    ({'num_heads': 2, 'head_dim': 2, 'num_kv_heads': 2}, (1, 8, 1),
+     r'model\.num_heads\*head_dim=4 .*mesh\.fsdp=8'),
+  ],
+)  # fmt: skip
+def test_a_model_that_does_not_divide_raises_and_names_the_key(
+  mesh_of: Callable, changes: dict, sizes: tuple, message: str
+):
+  with pytest.raises(MeshError, match=message):
+    sharding.validate(make_config(**changes), mesh_of(*sizes))
+
+
+def test_chunks_and_evaluation_rows_that_do_not_divide_raise(
+  mesh_of: Callable,
+):
+  mesh = mesh_of(2, 4, 1)
+  config = dataclasses.replace(make_config(), memory=MemoryConfig(chunk_rows=4))
+  with pytest.raises(MeshError, match=r'memory\.chunk_rows=4 .*fsdp=8'):
+    sharding.validate(config, mesh)
+  evaluation = EvaluationConfig(rows=12)
+  config = dataclasses.replace(make_config(), evaluation=evaluation)
+  with pytest.raises(MeshError, match=r'evaluation\.rows=12 .*fsdp=8'):
+    sharding.validate(config, mesh)
+  evaluation = EvaluationConfig(rows=12, enabled=False)
+  config = dataclasses.replace(config, evaluation=evaluation)
+  sharding.validate(config, mesh)
+
+
+@pytest.mark.parametrize(
+  ('vocab_size', 'padded'), [(1, 256), (256, 256), (257, 512), (32000, 32000)]
+)
+def test_the_vocabulary_is_padded_to_whole_multiples(
+  vocab_size: int, padded: int
+):
+  config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
+  assert sharding.padded_vocab(config) == padded
+
+
+def test_place_gives_each_device_its_rows_and_heads(mesh_of: Callable):
+  array = np.arange(8 * 2 * 4).reshape(8, 2, 4)
+  placed = place(mesh_of(2, 2, 2), array, 'rows', 'seq', 'heads')
+  np.testing.assert_array_equal(placed, array)
+  assert {shard.data.shape for shard in placed.addressable_shards} == {
+    (2, 2, 2)
+  }

@@ -70,13 +70,13 @@ class Dataset:
       split: The split of the source.
     """
     self.name = source.name
-    self.report = Report(**json.loads((folder / "report.json").read_text()))
-    self.record_ids = _open_index(folder, "record_ids")
-    self.lengths = _open_index(folder, "lengths")
+    self.report = Report(**json.loads((folder / 'report.json').read_text()))
+    self.record_ids = _open_index(folder, 'record_ids')
+    self.lengths = _open_index(folder, 'lengths')
     self._source = source
     self._split = split
-    builder = tfds.builder_from_directory(folder / "records")
-    self._examples = builder.as_data_source("train")
+    builder = tfds.builder_from_directory(folder / 'records')
+    self._examples = builder.as_data_source('train')
 
   def __len__(self) -> int:
     """Number of records."""
@@ -114,8 +114,8 @@ class EmbeddingDataset(Dataset):
   def __init__(self, folder: pathlib.Path, source: Source, split: str):
     """See the base class."""
     super().__init__(folder, source, split)
-    self.offsets = _open_index(folder, "offsets")
-    self.num_positives = _open_index(folder, "num_positives")
+    self.offsets = _open_index(folder, 'offsets')
+    self.num_positives = _open_index(folder, 'num_positives')
 
   def read(self, indices: Sequence[int]) -> list[list[EmbeddingText]]:
     """Reads records.
@@ -142,7 +142,7 @@ class GenerativeDataset(Dataset):
   def __init__(self, folder: pathlib.Path, source: Source, split: str):
     """See the base class."""
     super().__init__(folder, source, split)
-    self.loss_tokens = _open_index(folder, "loss_tokens")
+    self.loss_tokens = _open_index(folder, 'loss_tokens')
 
   def read(self, indices: Sequence[int]) -> list[Conversation]:
     """Reads records.
@@ -193,10 +193,10 @@ def prepare(
       negatives, the message beginning with its place; or none is left.
     ValueError: The directory is not on a disk.
   """
-  if "://" in os.fspath(directory):
+  if '://' in os.fspath(directory):
     raise ValueError(
-      f"{directory}: tokenized data sets need a folder on a local or mounted "
-      "disk"
+      f'{directory}: tokenized data sets need a folder on a local or mounted '
+      'disk'
     )
   if source.kind == records.GENERATIVE:
     encoder = GenerativeEncoder(tokenizer, max_generative_tokens)
@@ -205,16 +205,16 @@ def prepare(
       tokenizer, max_query_tokens, max_passage_tokens, min_negatives
     )
   identity = {
-    "format": FORMAT_VERSION,
-    "source": source.fingerprint(),
-    "tokenizer": tokenizer.fingerprint,
-    "limits": encoder.limits,
-    "held_out_fraction": held_out_fraction,
+    'format': FORMAT_VERSION,
+    'source': source.fingerprint(),
+    'tokenizer': tokenizer.fingerprint,
+    'limits': encoder.limits,
+    'held_out_fraction': held_out_fraction,
   }
   text = json.dumps(identity, sort_keys=True)
   fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-  place = pathlib.Path(directory) / f"{source.name}-{split}"
-  folder = place.with_name(f"{place.name}-{fingerprint}")
+  place = pathlib.Path(directory) / f'{source.name}-{split}'
+  folder = place.with_name(f'{place.name}-{fingerprint}')
   with _lock(place), _temporary_folder(place) as temporary:
     if not folder.exists():
       _write(temporary, source, split, encoder, held_out_fraction)
@@ -238,37 +238,37 @@ def _write(
   encoder: EmbeddingEncoder | GenerativeEncoder,
   held_out_fraction: float,
 ) -> None:
-  (folder / "records").mkdir(parents=True)
-  writer = _open_writer(folder / "records", encoder.features)
-  record_ids = array.array("q")
+  (folder / 'records').mkdir(parents=True)
+  writer = _open_writer(folder / 'records', encoder.features)
+  record_ids = array.array('q')
   for lines in _batch_lines(source.read(split, held_out_fraction)):
     batch = [source.parse(split, number, line) for number, line in lines]
     places = [source.where(split, number) for number, _ in lines]
     encoded = encoder.encode(batch, places)
     kept = [i for i, example in enumerate(encoded) if example is not None]
     record_ids.extend(lines[i][0] for i in kept)
-    writer.add_examples({"train": [encoded[i] for i in kept]})
+    writer.add_examples({'train': [encoded[i] for i in kept]})
   writer.close_all()
   if not record_ids:
     raise EmptySplitError(
-      f"{source}: no record for split {split!r} with a held-out fraction of "
-      f"{held_out_fraction}; dropped: {encoder.report.dropped or 'none'}"
+      f'{source}: no record for split {split!r} with a held-out fraction of '
+      f'{held_out_fraction}; dropped: {encoder.report.dropped or "none"}'
     )
   encoder.report.records = len(record_ids)
-  index = {**encoder.index, "record_ids": record_ids}
+  index = {**encoder.index, 'record_ids': record_ids}
   for name, values in index.items():
-    np.save(folder / f"{name}.npy", np.asarray(values))
+    np.save(folder / f'{name}.npy', np.asarray(values))
   report = asdict(encoder.report)
-  (folder / "report.json").write_text(json.dumps(report, indent=2))
-  logging.info("Tokenized %s, split %s: %s", source, split, report)
+  (folder / 'report.json').write_text(json.dumps(report, indent=2))
+  logging.info('Tokenized %s, split %s: %s', source, split, report)
 
 
 def _open_writer(
   folder: pathlib.Path, features: dict[str, tfds.features.FeatureConnector]
 ) -> tfds.core.SequentialWriter:
   identity = dataset_info.DatasetIdentity(
-    name="tokens",
-    version=tfds.core.Version(f"{FORMAT_VERSION}.0.0"),
+    name='tokens',
+    version=tfds.core.Version(f'{FORMAT_VERSION}.0.0'),
     data_dir=os.fspath(folder),
     module_name=__name__,
   )
@@ -278,9 +278,9 @@ def _open_writer(
     disable_shuffling=True,
   )
   writer = tfds.core.SequentialWriter(
-    info, max_examples_per_shard=_RECORDS_A_SHARD, file_format="array_record"
+    info, max_examples_per_shard=_RECORDS_A_SHARD, file_format='array_record'
   )
-  writer.initialize_splits(["train"])
+  writer.initialize_splits(['train'])
   return writer
 
 
@@ -300,14 +300,14 @@ def _batch_lines(
 
 
 def _open_index(folder: pathlib.Path, name: str) -> np.ndarray:
-  return np.load(folder / f"{name}.npy", mmap_mode="r")
+  return np.load(folder / f'{name}.npy', mmap_mode='r')
 
 
 @contextlib.contextmanager
 def _lock(place: pathlib.Path) -> Iterator[None]:
   """Holds the right to write; the system takes it back if the process dies."""
   place.parent.mkdir(parents=True, exist_ok=True)
-  with open(place.with_name(f".{place.name}.lock"), "w") as file:
+  with open(place.with_name(f'.{place.name}.lock'), 'w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -315,7 +315,7 @@ def _lock(place: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _temporary_folder(place: pathlib.Path) -> Iterator[pathlib.Path]:
   """Names a folder to write in; what was left in it before and after goes."""
-  temporary = place.with_name(f"{place.name}.incomplete")
+  temporary = place.with_name(f'{place.name}.incomplete')
   shutil.rmtree(temporary, ignore_errors=True)
   try:
     yield temporary

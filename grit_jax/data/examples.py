@@ -20,7 +20,7 @@ from grit_jax.data.tokenizer import Tokenizer
 
 Example = Mapping[str, np.ndarray]
 
-NO_ANSWER = "no answer within the limit of tokens"
+NO_ANSWER = 'no answer within the limit of tokens'
 
 _INTEGERS = tfds.features.Tensor(shape=(None,), dtype=np.int32)
 
@@ -70,9 +70,9 @@ class EmbeddingEncoder:
   """
 
   features = {
-    "tokens": _INTEGERS,
-    "lengths": _INTEGERS,
-    "instruction_lengths": _INTEGERS,
+    'tokens': _INTEGERS,
+    'lengths': _INTEGERS,
+    'instruction_lengths': _INTEGERS,
   }
 
   def __init__(
@@ -83,12 +83,12 @@ class EmbeddingEncoder:
     min_negatives: int,
   ):
     """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
-    self.limits = {"query": max_query_tokens, "passage": max_passage_tokens}
+    self.limits = {'query': max_query_tokens, 'passage': max_passage_tokens}
     self.report = Report()
     self.index = {
-      "offsets": array.array("q", [0]),
-      "lengths": array.array("i"),
-      "num_positives": array.array("i"),
+      'offsets': array.array('q', [0]),
+      'lengths': array.array('i'),
+      'num_positives': array.array('i'),
     }
     self._tokenizer = tokenizer
     self._min_negatives = min_negatives
@@ -123,37 +123,37 @@ class EmbeddingEncoder:
       check_negatives(len(record.negatives), self._min_negatives, place)
       marked = []
       for i, (prefix, _) in enumerate(texts):
-        limit = self.limits["passage" if i else "query"]
+        limit = self.limits['passage' if i else 'query']
         try:
           marked.append(
             formats.mark_embedding(prefix, next(ids), self._tokenizer, limit)
           )
         except FormatError as error:
           path = _name_text(i, len(record.positives))
-          raise RecordError(f"{place}: {path}: {error}") from error
+          raise RecordError(f'{place}: {path}: {error}') from error
       examples.append(self._add(marked, len(record.positives)))
     return examples
 
   def _add(self, texts: list[EmbeddingText], num_positives: int) -> Example:
     lengths = [len(text.ids) for text in texts]
     instruction_lengths = [text.instruction_length for text in texts]
-    self.index["offsets"].append(self.index["offsets"][-1] + len(texts))
-    self.index["lengths"].extend(lengths)
-    self.index["num_positives"].append(num_positives)
+    self.index['offsets'].append(self.index['offsets'][-1] + len(texts))
+    self.index['lengths'].extend(lengths)
+    self.index['num_positives'].append(num_positives)
     for text in texts:
       self.report.count_text(text)
     return {
-      "tokens": np.concatenate([text.ids for text in texts]),
-      "lengths": np.array(lengths, np.int32),
-      "instruction_lengths": np.array(instruction_lengths, np.int32),
+      'tokens': np.concatenate([text.ids for text in texts]),
+      'lengths': np.array(lengths, np.int32),
+      'instruction_lengths': np.array(instruction_lengths, np.int32),
     }
 
 
 def decode_embedding(example: Example) -> list[EmbeddingText]:
   """Parts the texts of an embedding example: query, positives, negatives."""
-  ends = np.cumsum(example["lengths"])
-  ids = np.split(example["tokens"], ends[:-1])
-  lengths = example["instruction_lengths"].tolist()
+  ends = np.cumsum(example['lengths'])
+  ids = np.split(example['tokens'], ends[:-1])
+  lengths = example['instruction_lengths'].tolist()
   return [
     EmbeddingText(ids, length) for ids, length in zip(ids, lengths, strict=True)
   ]
@@ -171,15 +171,15 @@ class GenerativeEncoder:
     index: The arrays of `grit_jax.data.dataset.GenerativeDataset`.
   """
 
-  features = {"tokens": _INTEGERS, "runs": _INTEGERS}
+  features = {'tokens': _INTEGERS, 'runs': _INTEGERS}
 
   def __init__(self, tokenizer: Tokenizer, max_generative_tokens: int):
     """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
-    self.limits = {"generative": max_generative_tokens}
+    self.limits = {'generative': max_generative_tokens}
     self.report = Report()
     self.index = {
-      "lengths": array.array("i"),
-      "loss_tokens": array.array("i"),
+      'lengths': array.array('i'),
+      'loss_tokens': array.array('i'),
     }
     self._tokenizer = tokenizer
 
@@ -203,7 +203,7 @@ class GenerativeEncoder:
       batch, self._tokenizer.encode_batch(prompts), strict=True
     ):
       conversation = formats.mark_conversation(
-        record, ids, self._tokenizer, self.limits["generative"]
+        record, ids, self._tokenizer, self.limits['generative']
       )
       if conversation.in_loss.any():
         examples.append(self._add(conversation))
@@ -213,39 +213,39 @@ class GenerativeEncoder:
     return examples
 
   def _add(self, conversation: Conversation) -> Example:
-    self.index["lengths"].append(len(conversation.ids))
-    self.index["loss_tokens"].append(int(conversation.in_loss.sum()))
+    self.index['lengths'].append(len(conversation.ids))
+    self.index['loss_tokens'].append(int(conversation.in_loss.sum()))
     self.report.count_text(conversation)
     marks = conversation.in_instruction
     # As if an instruction came before, so that the first run is always one.
     changes = np.flatnonzero(np.diff(marks, prepend=True))
     bounds = np.concatenate([[0], changes, [len(marks)]])
     return {
-      "tokens": conversation.ids,
-      "runs": np.diff(bounds).astype(np.int32),
+      'tokens': conversation.ids,
+      'runs': np.diff(bounds).astype(np.int32),
     }
 
 
 def decode_conversation(example: Example) -> Conversation:
   """Restores the marks of a generative example."""
-  runs = example["runs"]
+  runs = example['runs']
   is_instruction = np.arange(len(runs)) % 2 == 0
   in_instruction = np.repeat(is_instruction, runs)
-  return formats.mark_tokens(example["tokens"], in_instruction)
+  return formats.mark_tokens(example['tokens'], in_instruction)
 
 
 def check_negatives(found: int, expected: int, place: str) -> None:
   """Raises RecordError where a record has fewer negatives than expected."""
   if found < expected:
     raise RecordError(
-      f"{place}: neg: found {found} negatives, expected {expected} or more; "
-      "add some, or lower num_passages"
+      f'{place}: neg: found {found} negatives, expected {expected} or more; '
+      'add some, or lower num_passages'
     )
 
 
 def _name_text(index: int, num_positives: int) -> str:
   if index == 0:
-    return "query"
+    return 'query'
   if index <= num_positives:
-    return f"pos[{index - 1}]"
-  return f"neg[{index - 1 - num_positives}]"
+    return f'pos[{index - 1}]'
+  return f'neg[{index - 1 - num_positives}]'

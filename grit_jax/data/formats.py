@@ -32,9 +32,9 @@ import numpy as np
 from grit_jax.data.records import GenerativeRecord, Text
 from grit_jax.data.tokenizer import BOS, EOS, Tokenizer
 
-USER = "<|user|>\n"
-EMBED = "<|embed|>\n"
-ASSISTANT = "<|assistant|>\n"
+USER = '<|user|>\n'
+EMBED = '<|embed|>\n'
+ASSISTANT = '<|assistant|>\n'
 
 
 class FormatError(ValueError):
@@ -88,7 +88,7 @@ def format_embedding(text: Text) -> tuple[str, str]:
     one followed by the other.
   """
   if text.instruction is None:
-    return "", text.text
+    return '', text.text
   return format_embedding_prefix(text.instruction), text.text
 
 
@@ -101,8 +101,8 @@ def format_embedding_prefix(instruction: str) -> str:
   Returns:
     The prefix, from `<s>` through the newline after `<|embed|>`.
   """
-  instruction = instruction.strip("\t\n :")
-  return f"{BOS}{USER}{instruction}\n{EMBED}" if instruction else BOS + EMBED
+  instruction = instruction.strip('\t\n :')
+  return f'{BOS}{USER}{instruction}\n{EMBED}' if instruction else BOS + EMBED
 
 
 def format_turns(turns: Sequence[str]) -> list[tuple[str, str]]:
@@ -117,8 +117,8 @@ def format_turns(turns: Sequence[str]) -> list[tuple[str, str]]:
   """
   exchanges = []
   for i in range(0, len(turns), 2):
-    start = "\n" if i else BOS
-    prefix = f"{start}{USER}{turns[i]}\n{ASSISTANT}"
+    start = '\n' if i else BOS
+    prefix = f'{start}{USER}{turns[i]}\n{ASSISTANT}'
     exchanges.append((prefix, turns[i + 1].strip() + EOS))
   return exchanges
 
@@ -137,11 +137,11 @@ def format_chat_prompt(turns: Sequence[str]) -> str:
   """
   if len(turns) % 2 == 0:
     raise ValueError(
-      f"found {len(turns)} turns, expected an odd number: the last one is the "
+      f'found {len(turns)} turns, expected an odd number: the last one is the '
       "user's"
     )
-  exchanges = format_turns([*turns, ""])
-  complete = "".join(prefix + answer for prefix, answer in exchanges[:-1])
+  exchanges = format_turns([*turns, ''])
+  complete = ''.join(prefix + answer for prefix, answer in exchanges[:-1])
   return complete + exchanges[-1][0]
 
 
@@ -185,13 +185,13 @@ def mark_embedding(
   """
   whole = np.array(ids, np.int32)
   length = 0
-  newlines = prefix.count("\n")
+  newlines = prefix.count('\n')
   if newlines:
     length = int(np.flatnonzero(whole == tokenizer.newline)[newlines - 1]) + 1
   if length >= min(len(whole), max_tokens):
     raise FormatError(
-      f"the instruction takes {length} tokens with its format, which leaves "
-      f"none of the {max_tokens} allowed for the text"
+      f'the instruction takes {length} tokens with its format, which leaves '
+      f'none of the {max_tokens} allowed for the text'
     )
   kept = whole[:max_tokens]
   return EmbeddingText(kept, length, len(whole) - len(kept))
@@ -219,7 +219,7 @@ def join_conversation(record: GenerativeRecord) -> str:
   """Formats a conversation or a plain text into one string."""
   if record.plain:
     return record.turns[0]
-  return "".join(prefix + text for prefix, text in format_turns(record.turns))
+  return ''.join(prefix + text for prefix, text in format_turns(record.turns))
 
 
 def mark_conversation(
@@ -247,9 +247,9 @@ def mark_conversation(
     eos_ends = np.flatnonzero(whole == tokenizer.eos) + 1
     newlines = eos = 0
     for prefix, answer in format_turns(record.turns):
-      newlines += prefix.count("\n")
+      newlines += prefix.count('\n')
       start = newline_ends[newlines - 1]
-      newlines += answer.count("\n")
+      newlines += answer.count('\n')
       # A turn may itself contain the literal, which is then the token.
       eos += prefix.count(EOS) + answer.count(EOS)
       in_instruction[start : eos_ends[eos - 1]] = False

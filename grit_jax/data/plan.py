@@ -163,8 +163,10 @@ class Plan:
       positives = int(dataset.num_positives[record])
       negatives = int(stop - start) - 1 - positives
       texts[place, 1] = 1 + rng.integers(positives)
-      texts[place, 2:] = 1 + positives + rng.choice(
-        negatives, data.num_passages - 1, replace=False
+      texts[place, 2:] = (
+        1
+        + positives
+        + rng.choice(negatives, data.num_passages - 1, replace=False)
       )
       lengths[place] = dataset.lengths[start + texts[place]]
     packing = pack(lengths.reshape(-1), data.row_length, data.max_segments)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-EMBEDDING = "embedding"
-GENERATIVE = "generative"
+EMBEDDING = 'embedding'
+GENERATIVE = 'generative'
 
 
 class RecordError(ValueError):
@@ -109,18 +109,18 @@ def parse(line: str | bytes, where: str) -> Record:
   """
   fields = _parse_json(line, where)
   if not isinstance(fields, dict):
-    raise _mismatch(where, "the line", fields, "an object")
-  embedding = [name for name in ("query", "pos", "neg") if name in fields]
-  if embedding and "text" in fields:
+    raise _mismatch(where, 'the line', fields, 'an object')
+  embedding = [name for name in ('query', 'pos', 'neg') if name in fields]
+  if embedding and 'text' in fields:
     raise RecordError(
       f'{where}: found both "{embedding[0]}" and "text", expected an embedding '
-      "record or a generative one"
+      'record or a generative one'
     )
   if embedding:
     return _parse_embedding(fields, where)
-  if "text" in fields:
-    return _parse_generative(fields["text"], where)
-  found = ", ".join(f'"{name}"' for name in list(fields)[:5]) or "no field"
+  if 'text' in fields:
+    return _parse_generative(fields['text'], where)
+  found = ', '.join(f'"{name}"' for name in list(fields)[:5]) or 'no field'
   raise RecordError(
     f'{where}: found {found}, expected "query", "pos" and "neg" (embedding) '
     'or "text" (generative)'
@@ -130,42 +130,42 @@ def parse(line: str | bytes, where: str) -> Record:
 def _parse_json(line: str | bytes, where: str) -> Any:
   if isinstance(line, bytes):
     try:
-      line = line.decode("utf-8")
+      line = line.decode('utf-8')
     except UnicodeDecodeError as error:
       raise RecordError(
-        f"{where}: not UTF-8: {error.reason} at byte {error.start}"
+        f'{where}: not UTF-8: {error.reason} at byte {error.start}'
       ) from error
   if not line.strip():
-    raise RecordError(f"{where}: the line is empty, expected a JSON object")
+    raise RecordError(f'{where}: the line is empty, expected a JSON object')
   try:
     return json.loads(line)
   except json.JSONDecodeError as error:
     raise RecordError(
-      f"{where}: not valid JSON: {error.msg} at column {error.colno}"
+      f'{where}: not valid JSON: {error.msg} at column {error.colno}'
     ) from error
   except RecursionError as error:
-    raise RecordError(f"{where}: the JSON is nested too deeply") from error
+    raise RecordError(f'{where}: the JSON is nested too deeply') from error
 
 
 def _parse_embedding(fields: dict[str, Any], where: str) -> EmbeddingRecord:
-  for name in "query", "pos", "neg":
+  for name in 'query', 'pos', 'neg':
     if name not in fields:
-      hint = "; write [] for none" if name == "neg" else ""
+      hint = '; write [] for none' if name == 'neg' else ''
       raise RecordError(f'{where}: "{name}" is missing{hint}')
-  for name in "pos", "neg":
+  for name in 'pos', 'neg':
     if not isinstance(fields[name], list):
-      raise _mismatch(where, name, fields[name], "a list of texts")
-  if not fields["pos"]:
-    raise _mismatch(where, "pos", fields["pos"], "at least one text")
+      raise _mismatch(where, name, fields[name], 'a list of texts')
+  if not fields['pos']:
+    raise _mismatch(where, 'pos', fields['pos'], 'at least one text')
   return EmbeddingRecord(
-    query=_parse_text(fields["query"], "query", where),
+    query=_parse_text(fields['query'], 'query', where),
     positives=tuple(
-      _parse_text(value, f"pos[{i}]", where)
-      for i, value in enumerate(fields["pos"])
+      _parse_text(value, f'pos[{i}]', where)
+      for i, value in enumerate(fields['pos'])
     ),
     negatives=tuple(
-      _parse_text(value, f"neg[{i}]", where)
-      for i, value in enumerate(fields["neg"])
+      _parse_text(value, f'neg[{i}]', where)
+      for i, value in enumerate(fields['neg'])
     ),
   )
 
@@ -174,28 +174,28 @@ def _parse_text(value: Any, path: str, where: str) -> Text:
   if isinstance(value, str):
     return Text(None, _check_string(value, path, where))
   if not isinstance(value, list) or len(value) != 2:
-    raise _mismatch(where, path, value, "[instruction, text] or a string")
+    raise _mismatch(where, path, value, '[instruction, text] or a string')
   return Text(
-    _check_string(value[0], f"{path}[0]", where, blank=True),
-    _check_string(value[1], f"{path}[1]", where),
+    _check_string(value[0], f'{path}[0]', where, blank=True),
+    _check_string(value[1], f'{path}[1]', where),
   )
 
 
 def _parse_generative(value: Any, where: str) -> GenerativeRecord:
   if isinstance(value, str):
-    return GenerativeRecord((_check_string(value, "text", where),), plain=True)
-  turns = "a string or a list of turns: user, assistant, user, ..."
+    return GenerativeRecord((_check_string(value, 'text', where),), plain=True)
+  turns = 'a string or a list of turns: user, assistant, user, ...'
   if not isinstance(value, list) or not value:
-    raise _mismatch(where, "text", value, turns)
+    raise _mismatch(where, 'text', value, turns)
   if len(value) % 2:
-    problem = "no answer" if len(value) == 1 else "the last one has no answer"
+    problem = 'no answer' if len(value) == 1 else 'the last one has no answer'
     raise RecordError(
-      f"{where}: text: found {len(value)} turn(s), {problem}; expected user "
-      "and assistant in turn, an even number"
+      f'{where}: text: found {len(value)} turn(s), {problem}; expected user '
+      'and assistant in turn, an even number'
     )
   return GenerativeRecord(
     tuple(
-      _check_string(turn, f"text[{i}]", where, blank=i % 2 == 0)
+      _check_string(turn, f'text[{i}]', where, blank=i % 2 == 0)
       for i, turn in enumerate(value)
     )
   )
@@ -205,42 +205,42 @@ def _check_string(
   value: Any, path: str, where: str, blank: bool = False
 ) -> str:
   if not isinstance(value, str):
-    raise _mismatch(where, path, value, "a string")
+    raise _mismatch(where, path, value, 'a string')
   if not blank and not value.strip():
-    raise _mismatch(where, path, value, "a text that is not empty")
-  if "\0" in value:
+    raise _mismatch(where, path, value, 'a text that is not empty')
+  if '\0' in value:
     raise RecordError(
-      f"{where}: {path}: found a null character at {value.index(chr(0))}, "
-      "expected text"
+      f'{where}: {path}: found a null character at {value.index(chr(0))}, '
+      'expected text'
     )
   if not value.isascii():
     try:
-      value.encode("utf-8")
+      value.encode('utf-8')
     except UnicodeEncodeError as error:
       raise RecordError(
-        f"{where}: {path}: found half a surrogate pair at {error.start}, "
-        "expected text"
+        f'{where}: {path}: found half a surrogate pair at {error.start}, '
+        'expected text'
       ) from error
   return value
 
 
 def _mismatch(where: str, path: str, found: Any, expected: str) -> RecordError:
   return RecordError(
-    f"{where}: {path}: found {_describe(found)}, expected {expected}"
+    f'{where}: {path}: found {_describe(found)}, expected {expected}'
   )
 
 
 def _describe(value: Any) -> str:
   if value is None:
-    return "null"
+    return 'null'
   if isinstance(value, bool):
-    return "a boolean"
+    return 'a boolean'
   if isinstance(value, int | float):
-    return f"the number {value}"
+    return f'the number {value}'
   if isinstance(value, list):
-    return f"a list of {len(value)}" if value else "an empty list"
+    return f'a list of {len(value)}' if value else 'an empty list'
   if isinstance(value, dict):
-    return "an object"
+    return 'an object'
   if not value.strip():
-    return "an empty string" if not value else "only blanks"
-  return f"the string {value[:40]!r}"
+    return 'an empty string' if not value else 'only blanks'
+  return f'the string {value[:40]!r}'

@@ -17,12 +17,12 @@ from etils import epath
 from grit_jax.data import records
 from grit_jax.data.records import Record, RecordError
 
-TRAIN = "train"
-HELD_OUT = "held_out"
+TRAIN = 'train'
+HELD_OUT = 'held_out'
 
-_SUFFIXES = (".jsonl", ".jsonl.gz")
-_TFDS_PREFIX = "tfds:"
-_TFDS_SPLITS = {TRAIN: "train", HELD_OUT: "test"}
+_SUFFIXES = ('.jsonl', '.jsonl.gz')
+_TFDS_PREFIX = 'tfds:'
+_TFDS_SPLITS = {TRAIN: 'train', HELD_OUT: 'test'}
 # Large enough to read fast, small enough to hold.
 _TFDS_BLOCK = 256
 
@@ -47,7 +47,7 @@ class Source(abc.ABC):
       for number, line in self.read(split, 0.0):
         record = records.parse(line, self.where(split, number))
         return records.kind_of(record)
-    raise RecordError(f"{self}: there are no records in it")
+    raise RecordError(f'{self}: there are no records in it')
 
   def parse(self, split: str, number: int, line: bytes) -> Record:
     """Parses a record of this source.
@@ -68,8 +68,8 @@ class Source(abc.ABC):
     kind = records.kind_of(record)
     if kind != self.kind:
       raise RecordError(
-        f"{where}: found a record of the {kind} kind among records of the "
-        f"{self.kind} kind, expected one kind a data set"
+        f'{where}: found a record of the {kind} kind among records of the '
+        f'{self.kind} kind, expected one kind a data set'
       )
     return record
 
@@ -112,7 +112,7 @@ class FileSource(Source):
     self._path = epath.Path(path)
     suffix = _suffix(self._path.name)
     if suffix is None:
-      raise RecordError(f"{path}: expected a .jsonl or .jsonl.gz file")
+      raise RecordError(f'{path}: expected a .jsonl or .jsonl.gz file')
     self.name = self._path.name.removesuffix(suffix)
 
   def __str__(self) -> str:
@@ -125,30 +125,30 @@ class FileSource(Source):
     """See the base class; numbers are line numbers from 1."""
     threshold = held_out_fraction * 2**32
     for number, line in enumerate(self._lines(), 1):
-      line = line.rstrip(b"\r\n")
+      line = line.rstrip(b'\r\n')
       if (zlib.crc32(line) < threshold) == (split == HELD_OUT):
         yield number, line
 
   def _lines(self) -> Iterator[bytes]:
-    with self._path.open("rb") as file:
-      if not self._path.name.endswith(".gz"):
+    with self._path.open('rb') as file:
+      if not self._path.name.endswith('.gz'):
         yield from file
         return
       try:
         with gzip.open(file) as lines:
           yield from lines
       except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"{self}: not a whole gzip file: {error}") from error
+        raise RecordError(f'{self}: not a whole gzip file: {error}') from error
 
   def where(self, split: str, number: int) -> str:
     """See the base class."""
     del split
-    return f"{self._path}:{number}"
+    return f'{self._path}:{number}'
 
   def fingerprint(self) -> str:
     """The SHA-256 of the file, in hexadecimal."""
     digest = hashlib.sha256()
-    with self._path.open("rb") as file:
+    with self._path.open('rb') as file:
       while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
@@ -166,7 +166,7 @@ class TfdsSource(Source):
     """
     self._tfds_name = name
     self._tfds_dir = tfds_dir
-    self.name = name.replace("/", "_").replace(":", "_")
+    self.name = name.replace('/', '_').replace(':', '_')
 
   def __str__(self) -> str:
     """Gives the name as `sources` takes it."""
@@ -179,14 +179,14 @@ class TfdsSource(Source):
     try:
       # Of the formats that TFDS writes, the one it reads without TensorFlow.
       builder = tfds.builder(
-        self._tfds_name, data_dir=self._tfds_dir, file_format="array_record"
+        self._tfds_name, data_dir=self._tfds_dir, file_format='array_record'
       )
     except tfds.core.DatasetNotFoundError as error:
-      raise RecordError(f"{self}: TFDS knows no such data set") from error
+      raise RecordError(f'{self}: TFDS knows no such data set') from error
     builder.download_and_prepare()
-    if "json" not in builder.info.features:
+    if 'json' not in builder.info.features:
       raise RecordError(
-        f"{self}: found the features {sorted(builder.info.features)}, "
+        f'{self}: found the features {sorted(builder.info.features)}, '
         'expected a text feature "json"'
       )
     return builder
@@ -205,20 +205,20 @@ class TfdsSource(Source):
       for number, example in zip(
         block, examples.__getitems__(list(block)), strict=True
       ):
-        yield number, example["json"]
+        yield number, example['json']
 
   def where(self, split: str, number: int) -> str:
     """See the base class."""
-    return f"{self}:{_TFDS_SPLITS[split]}[{number}]"
+    return f'{self}:{_TFDS_SPLITS[split]}[{number}]'
 
   def fingerprint(self) -> str:
     """TFDS's name, config and version, with the size of each split."""
     info = self._builder.info
-    sizes = ",".join(
-      f"{name}:{split.num_examples}:{int(split.num_bytes)}"
+    sizes = ','.join(
+      f'{name}:{split.num_examples}:{int(split.num_bytes)}'
       for name, split in sorted(info.splits.items())
     )
-    return f"{info.full_name} {sizes}"
+    return f'{info.full_name} {sizes}'
 
 
 def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
@@ -240,10 +240,10 @@ def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
     RecordError: An entry holds no records, or two have one name.
   """
   found: list[Source] = []
-  for entry in paths.split(","):
+  for entry in paths.split(','):
     entry = entry.strip()
     if not entry:
-      raise RecordError(f"{paths!r}: found an empty entry, expected a path")
+      raise RecordError(f'{paths!r}: found an empty entry, expected a path')
     if entry.startswith(_TFDS_PREFIX):
       found += _find_tfds(entry.removeprefix(_TFDS_PREFIX), tfds_dir)
     else:
@@ -253,8 +253,8 @@ def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
     other = by_name.setdefault(source.name, source)
     if other is not source:
       raise RecordError(
-        f"{source}: its name {source.name!r} is also that of {other}; a data "
-        "set needs a name of its own"
+        f'{source}: its name {source.name!r} is also that of {other}; a data '
+        'set needs a name of its own'
       )
     # A source with nothing in it shows here, not in the middle of a run.
     _ = source.kind
@@ -263,7 +263,7 @@ def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
 
 def _find_files(path: epath.Path) -> list[Source]:
   if not path.exists():
-    raise FileNotFoundError(f"{path}: there is no such file or folder")
+    raise FileNotFoundError(f'{path}: there is no such file or folder')
   if not path.is_dir():
     return [FileSource(path)]
   files = sorted(
@@ -271,26 +271,26 @@ def _find_files(path: epath.Path) -> list[Source]:
     key=lambda file: file.name,
   )
   if not files:
-    raise RecordError(f"{path}: there is no .jsonl or .jsonl.gz file in it")
+    raise RecordError(f'{path}: there is no .jsonl or .jsonl.gz file in it')
   return [FileSource(file) for file in files]
 
 
 def _find_tfds(name: str, tfds_dir: epath.PathLike | None) -> list[Source]:
   import tensorflow_datasets as tfds
 
-  name, _, config = name.partition("/")
-  if name == "standard_library":
+  name, _, config = name.partition('/')
+  if name == 'standard_library':
     # The import registers the data set with TFDS.
     import grit_jax.data.standard_library  # noqa: F401
   if config:
-    return [TfdsSource(f"{name}/{config}", tfds_dir)]
+    return [TfdsSource(f'{name}/{config}', tfds_dir)]
   try:
     configs = tfds.builder_cls(name).builder_configs
   except tfds.core.DatasetNotFoundError:
     configs = {}  # It may still lie in tfds_dir, built by other code.
   if not configs:
     return [TfdsSource(name, tfds_dir)]
-  return [TfdsSource(f"{name}/{config}", tfds_dir) for config in configs]
+  return [TfdsSource(f'{name}/{config}', tfds_dir) for config in configs]
 
 
 def _suffix(name: str) -> str | None:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 from etils import epath
 
-BOS = "<s>"
-EOS = "</s>"
+BOS = '<s>'
+EOS = '</s>'
 
 # Enough for 8192 pieces of source text or prose; a tokenizer for a larger
 # vocabulary comes with its base model and is not trained here.
@@ -46,7 +46,7 @@ class Tokenizer:
     fingerprint: SHA-256 of `model_bytes` in hexadecimal.
   """
 
-  def __init__(self, model_bytes: bytes, where: str = "tokenizer"):
+  def __init__(self, model_bytes: bytes, where: str = 'tokenizer'):
     """Builds the tokenizer.
 
     Args:
@@ -61,7 +61,7 @@ class Tokenizer:
     try:
       processor.LoadFromSerializedProto(model_bytes)
     except RuntimeError as error:
-      raise TokenizerError(f"{where}: not a sentencepiece model") from error
+      raise TokenizerError(f'{where}: not a sentencepiece model') from error
     self.model_bytes = model_bytes
     self.vocab_size = processor.get_piece_size()
     self.bos = processor.bos_id()
@@ -70,35 +70,35 @@ class Tokenizer:
     self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
     self._processor = processor
     pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
-    for name, literal, index in ("bos", BOS, self.bos), ("eos", EOS, self.eos):
+    for name, literal, index in ('bos', BOS, self.bos), ('eos', EOS, self.eos):
       if index < 0:
-        raise TokenizerError(f"{where}: the model has no {name} token")
+        raise TokenizerError(f'{where}: the model has no {name} token')
       if pieces[index] != literal:
         raise TokenizerError(
-          f"{where}: the {name} token is {pieces[index]!r}, but the prompt "
-          f"format writes {literal!r}"
+          f'{where}: the {name} token is {pieces[index]!r}, but the prompt '
+          f'format writes {literal!r}'
         )
     for index, piece in enumerate(pieces):
-      if "\n" in piece:
+      if '\n' in piece:
         raise TokenizerError(
-          f"{where}: piece {index} is {piece!r}; with a newline inside a "
-          "piece, a prefix is not tokenized the same with and without the "
-          "text that follows it"
+          f'{where}: piece {index} is {piece!r}; with a newline inside a '
+          'piece, a prefix is not tokenized the same with and without the '
+          'text that follows it'
         )
     self._literals = {pieces[i]: i for i in (self.unk, self.bos, self.eos)}
     self._splitter = re.compile(
-      "(" + "|".join(re.escape(literal) for literal in self._literals) + ")"
+      '(' + '|'.join(re.escape(literal) for literal in self._literals) + ')'
     )
-    self.newline = processor.piece_to_id("<0x0A>")
-    text = "a\n\n b\n"
+    self.newline = processor.piece_to_id('<0x0A>')
+    text = 'a\n\n b\n'
     if self.decode(self.encode(text)) != text:
       raise TokenizerError(
-        f"{where}: the model does not keep newlines (by byte fallback, without "
-        "normalisation), which the prompt format is made of"
+        f'{where}: the model does not keep newlines (by byte fallback, without '
+        'normalisation), which the prompt format is made of'
       )
 
   @classmethod
-  def load(cls, path: epath.PathLike) -> "Tokenizer":
+  def load(cls, path: epath.PathLike) -> 'Tokenizer':
     """Reads a `tokenizer.model` file.
 
     Args:
@@ -196,17 +196,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   """
   # A newline must not get into a piece: see Tokenizer.
   lines = (
-    line for text in _sample_texts(texts) for line in text.split("\n") if line
+    line for text in _sample_texts(texts) for line in text.split('\n') if line
   )
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=lines,
       model_writer=model,
-      model_type="bpe",
+      model_type='bpe',
       vocab_size=vocab_size,
       byte_fallback=True,
-      normalization_rule_name="identity",
+      normalization_rule_name='identity',
       add_dummy_prefix=True,
       remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True,
@@ -215,7 +215,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
       bos_id=1,
       eos_id=2,
       pad_id=-1,
-      unk_piece="<unk>",
+      unk_piece='<unk>',
       bos_piece=BOS,
       eos_piece=EOS,
       max_sentence_length=4 * MAX_CHARACTERS_A_TEXT,  # in bytes; else skipped
@@ -223,10 +223,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     )
   except RuntimeError as error:
     # sentencepiece's message begins with its own file, line and condition.
-    reason = str(error).rpartition("] ")[2] or "there is no text"
+    reason = str(error).rpartition('] ')[2] or 'there is no text'
     raise TokenizerError(
-      f"no tokenizer of {vocab_size} pieces can be trained on these texts: "
-      f"{reason}"
+      f'no tokenizer of {vocab_size} pieces can be trained on these texts: '
+      f'{reason}'
     ) from error
   return model.getvalue()
 

@@ -31,11 +31,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 def make_embedding_records(count: int) -> list[dict]:
   return [
     {
-      "query": ["Find", f"query {i} " + "long " * (i % 7)],
-      "pos": [
-        ["", f"positive {i} {j}\n" * (i % 5 + 1)] for j in range(1 + i % 2)
+      'query': ['Find', f'query {i} ' + 'long ' * (i % 7)],
+      'pos': [
+        ['', f'positive {i} {j}\n' * (i % 5 + 1)] for j in range(1 + i % 2)
       ],
-      "neg": [f"plain {i} {j}" for j in range(i % 3 + 1)],
+      'neg': [f'plain {i} {j}' for j in range(i % 3 + 1)],
     }
     for i in range(count)
   ]
@@ -43,20 +43,20 @@ def make_embedding_records(count: int) -> list[dict]:
 
 def make_conversations(count: int) -> list[dict]:
   return [
-    {"text": [f"user {i}", f"answer {i}"] * (i % 3 + 1)}
+    {'text': [f'user {i}', f'answer {i}'] * (i % 3 + 1)}
     if i % 4
-    else {"text": f"plain text {i}"}
+    else {'text': f'plain text {i}'}
     for i in range(count)
   ]
 
 
 def write_source(path: pathlib.Path, lines: list[dict]) -> FileSource:
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   return FileSource(path)
 
 
 def write_embedding(tmp_path: pathlib.Path, count: int = 20) -> FileSource:
-  return write_source(tmp_path / "a.jsonl", make_embedding_records(count))
+  return write_source(tmp_path / 'a.jsonl', make_embedding_records(count))
 
 
 def list_folders(directory: pathlib.Path) -> list[str]:
@@ -69,7 +69,7 @@ def prepare(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> Callable:
 
   def run(source, split=TRAIN, tokenizer=tokenizer, **limits):
     return dataset.prepare(
-      source, split, tokenizer, tmp_path / "prepared", **(LIMITS | limits)
+      source, split, tokenizer, tmp_path / 'prepared', **(LIMITS | limits)
     )
 
   return run
@@ -85,7 +85,7 @@ def count_encoded(monkeypatch) -> list[int]:
     sizes.append(len(texts))
     return encode_batch(self, texts, num_threads)
 
-  monkeypatch.setattr(Tokenizer, "encode_batch", count)
+  monkeypatch.setattr(Tokenizer, 'encode_batch', count)
   return sizes
 
 
@@ -95,7 +95,7 @@ def test_embedding_records_read_back_as_they_were_encoded(
   source = write_embedding(tmp_path)
   data = prepare(source)
   assert isinstance(data, EmbeddingDataset)
-  assert (data.name, data.kind, len(data)) == ("a", records.EMBEDDING, 20)
+  assert (data.name, data.kind, len(data)) == ('a', records.EMBEDDING, 20)
   order = [3, 19, 0, 3]
   for i, texts in zip(order, data.read(np.array(order)), strict=True):
     record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
@@ -110,13 +110,13 @@ def test_embedding_records_read_back_as_they_were_encoded(
 def test_conversations_read_back_as_they_were_encoded(
   prepare, tmp_path, tokenizer
 ):
-  source = write_source(tmp_path / "a.jsonl", make_conversations(20))
+  source = write_source(tmp_path / 'a.jsonl', make_conversations(20))
   data = prepare(source)
   assert isinstance(data, GenerativeDataset)
   for i, read in enumerate(data.read(range(20))):
     record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
     expected = formats.encode_conversation(record, tokenizer, 64)
-    for name in "ids", "in_loss", "in_instruction":
+    for name in 'ids', 'in_loss', 'in_instruction':
       assert getattr(read, name).tolist() == getattr(expected, name).tolist()
     assert data.lengths[i] == len(read.ids)
     assert data.loss_tokens[i] == read.in_loss.sum()
@@ -140,8 +140,8 @@ def test_the_index_stays_on_disk(prepare, tmp_path):
 
 def test_shards_and_batches_keep_the_order(prepare, tmp_path, monkeypatch):
   whole = prepare(write_embedding(tmp_path), max_query_tokens=25)
-  monkeypatch.setattr(dataset, "_BATCH_RECORDS", 3)
-  monkeypatch.setattr(dataset, "_RECORDS_A_SHARD", 7)
+  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 3)
+  monkeypatch.setattr(dataset, '_RECORDS_A_SHARD', 7)
   parts = prepare(write_embedding(tmp_path), max_query_tokens=26)
   a, b = whole.read(range(20)), parts.read(range(20))
   assert [text[1].ids.tolist() for text in a] == [
@@ -172,12 +172,12 @@ def test_a_conversation_without_room_for_an_answer_is_dropped_and_counted(
   prepare, tmp_path
 ):
   lines = make_conversations(3)
-  lines.insert(1, {"text": ["much too long " * 50, "answer"]})
-  data = prepare(write_source(tmp_path / "a.jsonl", lines))
+  lines.insert(1, {'text': ['much too long ' * 50, 'answer']})
+  data = prepare(write_source(tmp_path / 'a.jsonl', lines))
   assert len(data) == data.report.records == 3
   assert data.report.dropped == {NO_ANSWER: 1}
   assert data.record_ids.tolist() == [1, 3, 4]
-  assert data.where(1) == f"{tmp_path}/a.jsonl:3"
+  assert data.where(1) == f'{tmp_path}/a.jsonl:3'
 
 
 def test_splits_part_the_records(prepare, tmp_path):
@@ -192,16 +192,16 @@ def test_splits_part_the_records(prepare, tmp_path):
 
 def test_a_split_without_records_is_refused(prepare, tmp_path):
   source = write_embedding(tmp_path)
-  with pytest.raises(RecordError, match="a.jsonl: no record for .*held_out"):
+  with pytest.raises(RecordError, match='a.jsonl: no record for .*held_out'):
     prepare(source, HELD_OUT)
-  assert list_folders(tmp_path / "prepared") == []
+  assert list_folders(tmp_path / 'prepared') == []
 
 
 def test_a_data_set_is_tokenized_once(prepare, tmp_path, count_encoded):
   source = write_embedding(tmp_path)
   first = prepare(source)
   assert len(count_encoded) == 1
-  again = prepare(FileSource(tmp_path / "a.jsonl"), max_generative_tokens=7)
+  again = prepare(FileSource(tmp_path / 'a.jsonl'), max_generative_tokens=7)
   assert len(count_encoded) == 1
   assert again.report == first.report
   assert again.where(0) == first.where(0)
@@ -214,40 +214,40 @@ def test_what_changes_the_tokens_makes_a_new_data_set(
   prepare(source, max_query_tokens=60)
   prepare(source, max_query_tokens=61)
   prepare(source, max_query_tokens=60, max_passage_tokens=20)
-  other = Tokenizer(train_tokenizer(["some other text " * 20], 280))
+  other = Tokenizer(train_tokenizer(['some other text ' * 20], 280))
   prepare(source, max_query_tokens=60, tokenizer=other)
   prepare(source, max_query_tokens=60, held_out_fraction=0.1)
   prepare(write_embedding(tmp_path, 21), max_query_tokens=60)
   assert len(count_encoded) == 6
-  assert len(list_folders(tmp_path / "prepared")) == 6
+  assert len(list_folders(tmp_path / 'prepared')) == 6
 
 
 def test_an_interrupted_preparation_leaves_nothing(
   prepare, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(dataset, "_BATCH_RECORDS", 3)
+  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 3)
   source = write_embedding(tmp_path)
   encode_batch = Tokenizer.encode_batch
 
   def interrupt(self, texts, num_threads=-1):
-    if any("query 9" in text for text in texts):
+    if any('query 9' in text for text in texts):
       raise KeyboardInterrupt
     return encode_batch(self, texts, num_threads)
 
   with monkeypatch.context() as context:
-    context.setattr(Tokenizer, "encode_batch", interrupt)
+    context.setattr(Tokenizer, 'encode_batch', interrupt)
     with pytest.raises(KeyboardInterrupt):
       prepare(source)
-  assert list_folders(tmp_path / "prepared") == []
+  assert list_folders(tmp_path / 'prepared') == []
   assert len(prepare(source)) == 20
 
 
 def test_what_a_killed_process_left_is_removed(prepare, tmp_path):
   # It looks whole, but for its name.
   prepare(write_embedding(tmp_path, 3))
-  folder = tmp_path / "prepared"
+  folder = tmp_path / 'prepared'
   (name,) = list_folders(folder)
-  (folder / name).rename(folder / "a-train.incomplete")
+  (folder / name).rename(folder / 'a-train.incomplete')
   data = prepare(write_embedding(tmp_path, 4))
   assert len(data) == 4
   assert len(list_folders(folder)) == 1
@@ -271,32 +271,32 @@ def test_two_that_prepare_at_once_do_the_work_once(
 
 
 BAD_LINES = {
-  "malformed": ('{"query": ', "not valid JSON"),
-  "another kind": ('{"text": "t"}', "found a record of the generative kind"),
-  "no negatives": (
+  'malformed': ('{"query": ', 'not valid JSON'),
+  'another kind': ('{"text": "t"}', 'found a record of the generative kind'),
+  'no negatives': (
     '{"query": "q", "pos": ["p"], "neg": []}',
-    "neg: found 0 negatives, expected 1 or more; .* num_passages",
+    'neg: found 0 negatives, expected 1 or more; .* num_passages',
   ),
-  "no room": (
-    json.dumps({"query": "q", "pos": ["p"], "neg": ["n", ["x " * 99, "t"]]}),
-    r"neg\[1\]: the instruction takes \d+ tokens",
+  'no room': (
+    json.dumps({'query': 'q', 'pos': ['p'], 'neg': ['n', ['x ' * 99, 't']]}),
+    r'neg\[1\]: the instruction takes \d+ tokens',
   ),
-  "no room in the query": (
-    json.dumps({"query": ["x " * 99, "t"], "pos": ["p"], "neg": ["n"]}),
-    r"query: the instruction takes \d+ tokens .* the 24 allowed",
+  'no room in the query': (
+    json.dumps({'query': ['x ' * 99, 't'], 'pos': ['p'], 'neg': ['n']}),
+    r'query: the instruction takes \d+ tokens .* the 24 allowed',
   ),
 }
 
 
-@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize('name', BAD_LINES)
 def test_a_bad_record_stops_with_its_line(prepare, tmp_path, name):
   line, message = BAD_LINES[name]
-  path = tmp_path / "a.jsonl"
+  path = tmp_path / 'a.jsonl'
   write_embedding(tmp_path, 5)
-  path.write_text(path.read_text() + line + "\n")
-  with pytest.raises(RecordError, match=f"^{path}:6: {message}"):
+  path.write_text(path.read_text() + line + '\n')
+  with pytest.raises(RecordError, match=f'^{path}:6: {message}'):
     prepare(FileSource(path), min_negatives=1)
-  assert list_folders(tmp_path / "prepared") == []
+  assert list_folders(tmp_path / 'prepared') == []
 
 
 def test_too_few_negatives_show_in_a_data_set_that_was_made_for_fewer(
@@ -304,24 +304,24 @@ def test_too_few_negatives_show_in_a_data_set_that_was_made_for_fewer(
 ):
   source = write_embedding(tmp_path)
   prepare(source, min_negatives=1)
-  with pytest.raises(RecordError, match="a.jsonl:1: neg: found 1 negatives"):
+  with pytest.raises(RecordError, match='a.jsonl:1: neg: found 1 negatives'):
     prepare(source, min_negatives=2)
   assert len(count_encoded) == 1
 
 
 def test_a_remote_directory_is_refused(tmp_path, tokenizer):
   source = write_embedding(tmp_path)
-  with pytest.raises(ValueError, match="gs://bucket: .* mounted disk"):
-    dataset.prepare(source, TRAIN, tokenizer, "gs://bucket", **LIMITS)
+  with pytest.raises(ValueError, match='gs://bucket: .* mounted disk'):
+    dataset.prepare(source, TRAIN, tokenizer, 'gs://bucket', **LIMITS)
 
 
 def test_memory_does_not_grow_with_the_records(prepare, tmp_path, monkeypatch):
-  monkeypatch.setattr(dataset, "_BATCH_RECORDS", 16)
-  line = {"text": ["user", "a long answer " * 300]}
+  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 16)
+  line = {'text': ['user', 'a long answer ' * 300]}
   peaks = []
   # The first one pays for what is imported and cached.
-  for name, count in ("first", 16), ("few", 32), ("many", 192):
-    source = write_source(tmp_path / f"{name}.jsonl", [line] * count)
+  for name, count in ('first', 16), ('few', 32), ('many', 192):
+    source = write_source(tmp_path / f'{name}.jsonl', [line] * count)
     tracemalloc.start()
     prepare(source, max_generative_tokens=4_000)
     peaks.append(tracemalloc.get_traced_memory()[1])
@@ -334,20 +334,20 @@ def test_memory_does_not_grow_with_the_records(prepare, tmp_path, monkeypatch):
 def test_neither_tensorflow_nor_torch_nor_jax_is_imported(
   tmp_path, model_bytes
 ):
-  (tmp_path / "tokenizer.model").write_bytes(model_bytes)
+  (tmp_path / 'tokenizer.model').write_bytes(model_bytes)
   write_embedding(tmp_path)
   program = f"""
 import sys
 from grit_jax.data import dataset, sources, tokenizer
-(source,) = sources.sources({str(tmp_path / "a.jsonl")!r})
+(source,) = sources.sources({str(tmp_path / 'a.jsonl')!r})
 data = dataset.prepare(
   source, "train", tokenizer.Tokenizer.load({str(tmp_path)!r} +
-  "/tokenizer.model"), {str(tmp_path / "prepared")!r}, **{LIMITS!r}
+  "/tokenizer.model"), {str(tmp_path / 'prepared')!r}, **{LIMITS!r}
 )
 assert len(data.read([0, 1])) == 2
 print([name for name in ("tensorflow", "torch", "jax") if name in sys.modules])
 """
   done = subprocess.run(
-    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    [sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True
   )
-  assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+  assert (done.returncode, done.stdout) == (0, '[]\n'), done.stderr

@@ -14,8 +14,8 @@ from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource, TfdsSource
 
 
 def write_lines(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
-  lines = [json.dumps({"text": text}) + "\n" for text in texts]
-  path.write_text("".join(lines))
+  lines = [json.dumps({'text': text}) + '\n' for text in texts]
+  path.write_text(''.join(lines))
   return path
 
 
@@ -28,12 +28,12 @@ def read_numbers(
 class TinyRecords(tfds.core.GeneratorBasedBuilder):
   """Three records for training, one for test; a data set with two configs."""
 
-  VERSION = tfds.core.Version("1.2.0")
+  VERSION = tfds.core.Version('1.2.0')
   BUILDER_CONFIGS = [
-    tfds.core.BuilderConfig(name="chat"),
-    tfds.core.BuilderConfig(name="prose"),
+    tfds.core.BuilderConfig(name='chat'),
+    tfds.core.BuilderConfig(name='prose'),
   ]
-  FIELD = "json"
+  FIELD = 'json'
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict({self.FIELD: tfds.features.Text()})
@@ -44,45 +44,45 @@ class TinyRecords(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
     del dl_manager
     return {
-      "train": self._generate_examples(0, 3),
-      "test": self._generate_examples(3, 4),
+      'train': self._generate_examples(0, 3),
+      'test': self._generate_examples(3, 4),
     }
 
   def _generate_examples(
     self, start: int, stop: int
   ) -> Iterator[tuple[int, dict[str, str]]]:
     for i in range(start, stop):
-      yield i, {self.FIELD: json.dumps({"text": f"{i}"})}
+      yield i, {self.FIELD: json.dumps({'text': f'{i}'})}
 
 
 class OtherField(TinyRecords):
   """A data set without the field."""
 
   BUILDER_CONFIGS = []
-  FIELD = "sentence"
+  FIELD = 'sentence'
 
 
 def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
-  for name in "b.jsonl", "a.jsonl", "c.txt":
-    write_lines(tmp_path / name, ["t"])
-  (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "t"}'))
+  for name in 'b.jsonl', 'a.jsonl', 'c.txt':
+    write_lines(tmp_path / name, ['t'])
+  (tmp_path / 'd.jsonl.gz').write_bytes(gzip.compress(b'{"text": "t"}'))
   found = sources.sources(str(tmp_path))
-  assert [source.name for source in found] == ["a", "b", "d"]
+  assert [source.name for source in found] == ['a', 'b', 'd']
 
 
 def test_entries_may_be_files_and_folders(tmp_path):
-  folder = tmp_path / "more"
+  folder = tmp_path / 'more'
   folder.mkdir()
-  write_lines(folder / "b.jsonl", ["t"])
-  file = write_lines(tmp_path / "a.jsonl", ["t"])
-  found = sources.sources(f"{folder}, {file}")
-  assert [source.name for source in found] == ["b", "a"]
+  write_lines(folder / 'b.jsonl', ['t'])
+  file = write_lines(tmp_path / 'a.jsonl', ['t'])
+  found = sources.sources(f'{folder}, {file}')
+  assert [source.name for source in found] == ['b', 'a']
 
 
 def test_a_compressed_file_reads_like_a_plain_one(tmp_path):
-  plain = FileSource(write_lines(tmp_path / "a.jsonl", ["x", "y", "é"]))
-  path = tmp_path / "b.jsonl.gz"
-  path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+  plain = FileSource(write_lines(tmp_path / 'a.jsonl', ['x', 'y', 'é']))
+  path = tmp_path / 'b.jsonl.gz'
+  path.write_bytes(gzip.compress((tmp_path / 'a.jsonl').read_bytes()))
   for split in TRAIN, HELD_OUT:
     assert list(FileSource(path).read(split, 0.5)) == list(
       plain.read(split, 0.5)
@@ -90,25 +90,25 @@ def test_a_compressed_file_reads_like_a_plain_one(tmp_path):
 
 
 def test_the_first_record_tells_the_kind(tmp_path):
-  source = FileSource(write_lines(tmp_path / "a.jsonl", ["t"]))
+  source = FileSource(write_lines(tmp_path / 'a.jsonl', ['t']))
   assert source.kind == records.GENERATIVE
 
 
 def test_another_kind_in_the_file_is_refused_with_its_line(tmp_path):
-  path = write_lines(tmp_path / "a.jsonl", ["t"])
-  record = {"query": "q", "pos": ["p"], "neg": []}
-  with path.open("a") as file:
+  path = write_lines(tmp_path / 'a.jsonl', ['t'])
+  record = {'query': 'q', 'pos': ['p'], 'neg': []}
+  with path.open('a') as file:
     file.write(json.dumps(record))
   source = FileSource(path)
   lines = list(source.read(TRAIN, 0.0))
   source.parse(TRAIN, *lines[0])
-  with pytest.raises(RecordError, match="a.jsonl:2: found a record of the emb"):
+  with pytest.raises(RecordError, match='a.jsonl:2: found a record of the emb'):
     source.parse(TRAIN, *lines[1])
 
 
 def test_splits_part_the_lines_and_keep_their_numbers(tmp_path):
-  texts = [f"text {i}" for i in range(2000)]
-  source = FileSource(write_lines(tmp_path / "a.jsonl", texts))
+  texts = [f'text {i}' for i in range(2000)]
+  source = FileSource(write_lines(tmp_path / 'a.jsonl', texts))
   train = read_numbers(source, TRAIN, 0.1)
   held_out = read_numbers(source, HELD_OUT, 0.1)
   assert sorted(train + held_out) == list(range(1, 2001))
@@ -117,25 +117,25 @@ def test_splits_part_the_lines_and_keep_their_numbers(tmp_path):
   assert 106 < len(held_out) < 294
   assert read_numbers(source, HELD_OUT, 0.0) == []
   number, line = list(source.read(HELD_OUT, 0.1))[3]
-  assert json.loads(line) == {"text": f"text {number - 1}"}
-  assert source.where(HELD_OUT, number) == f"{tmp_path}/a.jsonl:{number}"
+  assert json.loads(line) == {'text': f'text {number - 1}'}
+  assert source.where(HELD_OUT, number) == f'{tmp_path}/a.jsonl:{number}'
 
 
 def test_a_line_stays_in_its_split_when_others_come_and_go(tmp_path):
-  texts = [f"text {i}" for i in range(100)]
+  texts = [f'text {i}' for i in range(100)]
   held_out = []
-  for name, part in ("a", texts), ("b", texts[50:] + ["new"] + texts[:50]):
-    source = FileSource(write_lines(tmp_path / f"{name}.jsonl", part))
+  for name, part in ('a', texts), ('b', texts[50:] + ['new'] + texts[:50]):
+    source = FileSource(write_lines(tmp_path / f'{name}.jsonl', part))
     lines = {line for _, line in source.read(HELD_OUT, 0.3)}
     held_out.append(lines - {b'{"text": "new"}'})
   assert held_out[0] == held_out[1]
 
 
 def test_line_ends_do_not_matter_to_the_split(tmp_path):
-  unix = FileSource(write_lines(tmp_path / "a.jsonl", list("abcdefgh")))
-  path = tmp_path / "b.jsonl"
+  unix = FileSource(write_lines(tmp_path / 'a.jsonl', list('abcdefgh')))
+  path = tmp_path / 'b.jsonl'
   path.write_bytes(
-    (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n").rstrip()
+    (tmp_path / 'a.jsonl').read_bytes().replace(b'\n', b'\r\n').rstrip()
   )
   for split in TRAIN, HELD_OUT:
     assert list(FileSource(path).read(split, 0.5)) == list(
@@ -145,109 +145,109 @@ def test_line_ends_do_not_matter_to_the_split(tmp_path):
 
 def test_fingerprints_tell_contents_apart(tmp_path):
   a, b, c = (
-    FileSource(write_lines(tmp_path / f"{name}.jsonl", [text])).fingerprint()
-    for name, text in (("a", "x"), ("b", "x"), ("c", "y"))
+    FileSource(write_lines(tmp_path / f'{name}.jsonl', [text])).fingerprint()
+    for name, text in (('a', 'x'), ('b', 'x'), ('c', 'y'))
   )
   assert a == b != c
 
 
 def test_one_name_twice_is_refused(tmp_path):
-  (tmp_path / "more").mkdir()
-  a = write_lines(tmp_path / "a.jsonl", ["t"])
-  b = write_lines(tmp_path / "more" / "a.jsonl", ["t"])
+  (tmp_path / 'more').mkdir()
+  a = write_lines(tmp_path / 'a.jsonl', ['t'])
+  b = write_lines(tmp_path / 'more' / 'a.jsonl', ['t'])
   with pytest.raises(RecordError, match=f"{b}: its name 'a' .* {a}"):
-    sources.sources(f"{a},{b}")
+    sources.sources(f'{a},{b}')
 
 
 def test_a_missing_path_is_named():
-  with pytest.raises(FileNotFoundError, match="no/such.jsonl: there is no"):
-    sources.sources("no/such.jsonl")
+  with pytest.raises(FileNotFoundError, match='no/such.jsonl: there is no'):
+    sources.sources('no/such.jsonl')
 
 
 def test_an_empty_file_is_named(tmp_path):
-  write_lines(tmp_path / "a.jsonl", ["t"])
-  write_lines(tmp_path / "b.jsonl", [])
-  with pytest.raises(RecordError, match=r"b\.jsonl: there are no records"):
+  write_lines(tmp_path / 'a.jsonl', ['t'])
+  write_lines(tmp_path / 'b.jsonl', [])
+  with pytest.raises(RecordError, match=r'b\.jsonl: there are no records'):
     sources.sources(str(tmp_path))
 
 
 def test_a_malformed_first_line_is_named(tmp_path):
-  (tmp_path / "a.jsonl").write_text("oops\n")
-  with pytest.raises(RecordError, match=r"a\.jsonl:1: not valid JSON"):
+  (tmp_path / 'a.jsonl').write_text('oops\n')
+  with pytest.raises(RecordError, match=r'a\.jsonl:1: not valid JSON'):
     sources.sources(str(tmp_path))
 
 
 def test_a_folder_without_files_is_named(tmp_path):
-  with pytest.raises(RecordError, match=f"{tmp_path}: there is no .jsonl"):
+  with pytest.raises(RecordError, match=f'{tmp_path}: there is no .jsonl'):
     sources.sources(str(tmp_path))
 
 
 def test_another_file_type_is_refused(tmp_path):
-  path = tmp_path / "a.parquet"
-  path.write_text("")
-  with pytest.raises(RecordError, match="expected a .jsonl or .jsonl.gz"):
+  path = tmp_path / 'a.parquet'
+  path.write_text('')
+  with pytest.raises(RecordError, match='expected a .jsonl or .jsonl.gz'):
     sources.sources(str(path))
 
 
-@pytest.mark.parametrize("paths", ["", " ", ",a.jsonl"])
+@pytest.mark.parametrize('paths', ['', ' ', ',a.jsonl'])
 def test_an_empty_entry_is_refused(paths: str):
-  with pytest.raises(RecordError, match="found an empty entry"):
+  with pytest.raises(RecordError, match='found an empty entry'):
     sources.sources(paths)
 
 
 def test_a_broken_gzip_file_is_named(tmp_path):
   whole = gzip.compress(b'{"text": "t"}\n' * 1000)
-  for name, data in ("a", b"plain"), ("b", whole[:-10]):
-    path = tmp_path / f"{name}.jsonl.gz"
+  for name, data in ('a', b'plain'), ('b', whole[:-10]):
+    path = tmp_path / f'{name}.jsonl.gz'
     path.write_bytes(data)
-    with pytest.raises(RecordError, match=f"{path}: not a whole gzip file"):
+    with pytest.raises(RecordError, match=f'{path}: not a whole gzip file'):
       list(FileSource(path).read(TRAIN, 0.0))
 
 
 def test_a_tfds_data_set_gives_its_splits_in_order(tmp_path):
-  (source,) = sources.sources("tfds:tiny_records/chat", tmp_path)
-  assert (source.name, source.kind) == ("tiny_records_chat", "generative")
+  (source,) = sources.sources('tfds:tiny_records/chat', tmp_path)
+  assert (source.name, source.kind) == ('tiny_records_chat', 'generative')
   train = list(source.read(TRAIN, 0.9))
-  assert [json.loads(line)["text"] for _, line in train] == ["0", "1", "2"]
+  assert [json.loads(line)['text'] for _, line in train] == ['0', '1', '2']
   assert read_numbers(source, HELD_OUT, 0.0) == [0]
-  assert source.where(HELD_OUT, 0) == "tfds:tiny_records/chat:test[0]"
-  assert "tiny_records/chat/1.2.0" in source.fingerprint()
+  assert source.where(HELD_OUT, 0) == 'tfds:tiny_records/chat:test[0]'
+  assert 'tiny_records/chat/1.2.0' in source.fingerprint()
 
 
 def test_a_tfds_data_set_without_a_config_gives_all_of_them(tmp_path):
-  found = sources.sources("tfds:tiny_records", tmp_path)
+  found = sources.sources('tfds:tiny_records', tmp_path)
   assert [source.name for source in found] == [
-    "tiny_records_chat",
-    "tiny_records_prose",
+    'tiny_records_chat',
+    'tiny_records_prose',
   ]
 
 
 def test_a_tfds_data_set_without_the_field_is_refused(tmp_path):
-  with pytest.raises(RecordError, match="sentence.* expected .*json"):
-    sources.sources("tfds:other_field", tmp_path)
+  with pytest.raises(RecordError, match='sentence.* expected .*json'):
+    sources.sources('tfds:other_field', tmp_path)
 
 
 def test_an_unknown_tfds_data_set_is_named(tmp_path):
-  with pytest.raises(RecordError, match="tfds:unheard_of: TFDS knows no"):
-    sources.sources("tfds:unheard_of", tmp_path)
+  with pytest.raises(RecordError, match='tfds:unheard_of: TFDS knows no'):
+    sources.sources('tfds:unheard_of', tmp_path)
 
 
 def test_a_built_tfds_data_set_is_read_without_its_code(tmp_path):
-  sources.sources("tfds:tiny_records/prose", tmp_path)
-  (tmp_path / "tiny_records").rename(tmp_path / "renamed")
-  for path in (tmp_path / "renamed").rglob("*"):
-    if path.name == "dataset_info.json":
-      path.write_text(path.read_text().replace("tiny_records", "renamed"))
-    elif "tiny_records" in path.name:
-      path.rename(path.with_name(path.name.replace("tiny_records", "renamed")))
-  source = TfdsSource("renamed/prose", tmp_path)
+  sources.sources('tfds:tiny_records/prose', tmp_path)
+  (tmp_path / 'tiny_records').rename(tmp_path / 'renamed')
+  for path in (tmp_path / 'renamed').rglob('*'):
+    if path.name == 'dataset_info.json':
+      path.write_text(path.read_text().replace('tiny_records', 'renamed'))
+    elif 'tiny_records' in path.name:
+      path.rename(path.with_name(path.name.replace('tiny_records', 'renamed')))
+  source = TfdsSource('renamed/prose', tmp_path)
   assert read_numbers(source, TRAIN, 0.0) == [0, 1, 2]
 
 
 def test_the_standard_library_is_known_by_name(tmp_path):
   # Its own tests build it; here only that naming it is enough.
-  found = sources._find_tfds("standard_library", tmp_path)
+  found = sources._find_tfds('standard_library', tmp_path)
   assert [source.name for source in found] == [
-    "standard_library_embedding",
-    "standard_library_generative",
+    'standard_library_embedding',
+    'standard_library_generative',
   ]

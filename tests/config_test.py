@@ -1,0 +1,252 @@
+"""Tests of the configuration's checks."""
+
+import dataclasses
+import re
+
+import ml_collections
+import pytest
+
+from grit_jax.config import (
+  ATTENTION_MODES,
+  Config,
+  ConfigError,
+  DataConfig,
+  resolve,
+  to_config_dict,
+)
+
+
+def make_config() -> ml_collections.ConfigDict:
+  """A valid configuration, every field of it."""
+  return to_config_dict(Config(data=DataConfig(paths='records.jsonl')))
+
+
+def override(key: str, value: object) -> ml_collections.ConfigDict:
+  """The valid configuration with one key changed, whatever its type."""
+  values = make_config().to_dict()
+  *groups, name = key.split('.')
+  group = values
+  for part in groups:
+    group = group[part]
+  group[name] = value
+  return ml_collections.ConfigDict(values)
+
+
+def test_resolve_undoes_to_config_dict():
+  config = Config(seed=3, data=DataConfig(paths='a.jsonl,b'))
+  assert resolve(to_config_dict(config)) == config
+
+
+def test_fields_left_out_keep_their_defaults():
+  config = resolve(ml_collections.ConfigDict({'data': {'paths': 'a.jsonl'}}))
+  assert config == Config(data=DataConfig(paths='a.jsonl'))
+
+
+def test_flags_can_override_every_field():
+  config = make_config()
+  config.update_from_flattened_dict(
+    {'optimizer.learning_rate': 1e-4, 'model.attention': 'cccc', 'steps': 7}
+  )
+  resolved = resolve(config)
+  assert resolved.optimizer.learning_rate == 1e-4
+  assert resolved.model.attention == 'cccc'
+  assert resolved.steps == 7
+
+
+def test_resolved_config_is_frozen():
+  config = resolve(make_config())
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.model.num_layers = 1
+
+
+@pytest.mark.parametrize(
+  ('key', 'meant'),
+  [
+    ('optimizer.learning_rat', 'optimizer.learning_rate'),
+    ('model.num_layer', 'model.num_layers'),
+    ('step', 'steps'),
+    ('optimiser', 'optimizer'),
+  ],
+)
+def test_an_unknown_key_raises_and_suggests_the_known_one(key: str, meant: str):
+  message = f'{key} is not a configuration key. Did you mean {meant}?'
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    resolve(override(key, 1))
+
+
+def test_an_unknown_key_like_none_raises_without_a_suggestion():
+  with pytest.raises(ConfigError) as error:
+    resolve(override('data.qqq', 1))
+  assert str(error.value) == 'data.qqq is not a configuration key.'
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'kind'),
+  [
+    ('steps', 10.0, 'int'),
+    ('steps', True, 'int'),
+    ('seed', '0', 'int'),
+    ('evaluation.enabled', 1, 'bool'),
+    ('optimizer.learning_rate', '1e-5', 'float'),
+    ('optimizer.clip_norm', True, 'float'),
+    ('model.attention', 4, 'str'),
+    ('data.paths', ('a', 'b'), 'str'),
+    ('data.cache_dir', None, 'str'),
+  ],
+)
+def test_a_value_of_another_type_raises(key: str, value: object, kind: str):
+  message = f'{key}={value!r} is of type {type(value).__name__}, not {kind}.'
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    resolve(override(key, value))
+
+
+def test_a_value_in_the_place_of_a_group_raises():
+  with pytest.raises(ConfigError, match='model is a group of keys, not 7'):
+    resolve(override('model', 7))
+
+
+def test_a_whole_number_is_a_float():
+  rate = resolve(override('optimizer.learning_rate', 1)).optimizer.learning_rate
+  assert type(rate) is float
+
+
+WRONG = [
+  *(
+    (f'model.{name}', value)
+    for name in (
+      'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
+      'mlp_dim',
+    )
+    for value in (0, -1)
+  ),
+  ('model.vocab_size', -1),
+  ('model.rope_theta', 0.0),
+  ('model.norm_epsilon', 0.0),
+  ('model.num_kv_heads', 5),
+  ('model.head_dim', 7),
+  ('model.sliding_window', -1),
+  ('model.attention', 'bb'),
+  ('model.attention', 'cbbc'),
+  ('model.pooling', 'max'),
+  ('model.projection_dim', -1),
+  ('model.dtype', 'float16'),
+  ('model.param_dtype', 'int8'),
+  ('objective.mode', 'both'),
+  ('objective.generative_reduction', 'mean'),
+  ('objective.temperature', 0.0),
+  ('objective.mixed_groups', 0),
+  ('objective.embedding_weight', -1.0),
+  ('objective.generative_weight', -0.5),
+  *(
+    (f'data.{name}', 0)
+    for name in (
+      'embedding_batch', 'generative_batch', 'num_passages',
+      'max_query_tokens', 'max_passage_tokens', 'max_generative_tokens',
+      'row_length', 'max_segments', 'row_buckets', 'tokenizer_pieces',
+    )
+  ),
+  ('data.max_query_tokens', 2049),
+  ('data.max_passage_tokens', 2049),
+  ('data.max_generative_tokens', 2049),
+  ('data.generative_batch', 12),
+  ('optimizer.learning_rate', 0.0),
+  ('optimizer.epsilon', 0.0),
+  ('optimizer.schedule', 'step'),
+  ('optimizer.first_moment_dtype', 'float16'),
+  ('optimizer.warmup_fraction', 1.0),
+  ('optimizer.warmup_fraction', -0.1),
+  ('optimizer.beta1', 1.0),
+  ('optimizer.beta2', -0.1),
+  ('optimizer.weight_decay', -0.1),
+  ('optimizer.clip_norm', -1.0),
+  ('mesh.data', 0),
+  ('mesh.fsdp', -2),
+  ('mesh.tensor', 0),
+  ('memory.remat', 'some'),
+  ('memory.chunk_rows', -1),
+  ('checkpoint.every_steps', 0),
+  ('checkpoint.keep', 0),
+  ('evaluation.held_out_fraction', 1.0),
+  ('evaluation.held_out_fraction', -0.1),
+  *(
+    (f'evaluation.{name}', 0)
+    for name in ('max_queries', 'max_conversations', 'rows', 'generated_tokens')
+  ),
+  ('steps', 0),
+  ('log_every', 0),
+  ('seed', -1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('key', 'value'), WRONG)
+def test_a_value_that_cannot_be_raises_and_names_the_key(
+  key: str, value: object
+):
+  with pytest.raises(ConfigError, match=re.escape(f'{key}={value!r}')):
+    resolve(override(key, value))
+
+
+def test_a_config_without_data_raises_and_names_the_key():
+  with pytest.raises(ConfigError, match=r'data\.paths is empty'):
+    resolve(override('data.paths', ''))
+
+
+def test_every_key_has_a_wrong_value_above():
+  flat = set(make_config().to_dict()) | {
+    f'{group}.{name}'
+    for group, values in make_config().to_dict().items()
+    if isinstance(values, dict)
+    for name in values
+  }
+  # `data.paths` has its own test. What cannot be wrong: booleans, and paths
+  # that are read elsewhere.
+  free = {
+    'data.paths',
+    'model.tie_embeddings',
+    'data.tokenizer',
+    'data.cache_dir',
+    'evaluation.enabled',
+  }
+  groups = {key for key in flat if any(k.startswith(f'{key}.') for k in flat)}
+  assert flat - groups - free == {key for key, _ in WRONG}
+
+
+def test_two_axes_of_minus_one_raise():
+  with pytest.raises(ConfigError, match='mesh: only one .*data=-1, fsdp=-1'):
+    resolve(override('mesh.data', -1))
+
+
+@pytest.mark.parametrize('mode', ATTENTION_MODES)
+def test_every_attention_mode_is_valid(mode: str):
+  assert resolve(override('model.attention', mode)).model.attention == mode
+
+
+@pytest.mark.parametrize('mode', ['bbbb', 'bbcb', 'cccb'])
+def test_a_bidirectional_generative_text_is_refused(mode: str):
+  with pytest.raises(ConfigError, match=f'{mode}.* let the loss see'):
+    resolve(override('model.attention', mode))
+
+
+def test_groups_matter_only_to_the_mixed_reduction():
+  values = make_config()
+  values.data.generative_batch = 12
+  for changes in (
+    {'objective.generative_reduction': 'token'},
+    {'objective.mode': 'embedding'},
+  ):
+    config = values.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    resolve(config)
+
+
+@pytest.mark.parametrize(
+  ('mode', 'streams'),
+  [
+    ('unified', (True, True)),
+    ('embedding', (True, False)),
+    ('generative', (False, True)),
+  ],
+)
+def test_a_mode_has_its_streams(mode: str, streams: tuple[bool, bool]):
+  objective = resolve(override('objective.mode', mode)).objective
+  assert (objective.has_embedding, objective.has_generative) == streams

@@ -1,0 +1,378 @@
+"""Whole runs of the training command, on small files of the true formats."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from grit_jax import config as configuration
+from grit_jax import train
+from grit_jax.checkpoint import CheckpointError
+from grit_jax.config import (
+  CheckpointConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  EvaluationConfig,
+  MemoryConfig,
+  MeshConfig,
+  ObjectiveConfig,
+  OptimizerConfig,
+)
+from grit_jax.data.formats import FormatError
+from grit_jax.data.records import RecordError
+from grit_jax.models import presets
+from grit_jax.sharding import MeshError
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 6
+# Metrics of one run on two meshes: float32 sums in another order, carried
+# through an optimizer step or two, which divides by the gradient's size.
+MESH_TOLERANCE = 1e-3
+TIMED = 'tokens_per_second'
+
+
+def make_config(folder: pathlib.Path) -> Config:
+  return Config(
+    model=dataclasses.replace(presets.tiny(), vocab_size=0),
+    objective=ObjectiveConfig(mixed_groups=2),
+    data=DataConfig(
+      paths=str(folder),
+      tokenizer_pieces=300,
+      embedding_batch=8,
+      generative_batch=8,
+      max_query_tokens=48,
+      max_passage_tokens=64,
+      max_generative_tokens=64,
+      row_length=64,
+      max_segments=4,
+      row_buckets=1,
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    checkpoint=CheckpointConfig(every_steps=2),
+    evaluation=EvaluationConfig(
+      held_out_fraction=0.3, rows=8, generated_tokens=4
+    ),
+    steps=STEPS,
+    log_every=1,
+  )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> pathlib.Path:
+  """JSON-lines files of both kinds."""
+  folder = tmp_path_factory.mktemp('records')
+  rng = np.random.default_rng(0)
+
+  def words(count: int) -> str:
+    return ' '.join(
+      ''.join(rng.choice(list('abcdefgh'), rng.integers(1, 5)))
+      for _ in range(count)
+    )
+
+  with open(folder / 'pairs.jsonl', 'w') as file:
+    for _ in range(60):
+      record = {
+        'query': ['find it', words(3)],
+        'pos': [['', words(5)]],
+        'neg': [['', words(4)]],
+      }
+      file.write(json.dumps(record) + '\n')
+  with open(folder / 'chats.jsonl', 'w') as file:
+    for _ in range(60):
+      file.write(json.dumps({'text': [words(4), words(3)]}) + '\n')
+  return folder
+
+
+def write_config(config: Config, path: pathlib.Path) -> pathlib.Path:
+  """Writes a config file as a user would have one."""
+  path.write_text(
+    'import ml_collections\n'
+    'def get_config():\n'
+    f'  return ml_collections.ConfigDict({dataclasses.asdict(config)!r})\n'
+  )
+  return path
+
+
+def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str):
+  """Starts the command in a process with one device, as on a laptop."""
+  environment = {
+    name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
+  }
+  return subprocess.Popen(
+    [
+      sys.executable, '-m', 'grit_jax.train', f'--config={config}',
+      f'--workdir={workdir}', *flags,
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )  # fmt: skip
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != TIMED}
+    for line in lines
+  ]
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, process) -> None:
+  """Waits until metrics.jsonl has the step."""
+  path = workdir / 'metrics.jsonl'
+  while process.poll() is None:
+    if path.exists() and len(path.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.02)
+  raise AssertionError(process.stdout.read())
+
+
+@pytest.fixture(scope='module')
+def whole_run(folder, tmp_path_factory):
+  """An uninterrupted run by the command: config file, workdir, output."""
+  place = tmp_path_factory.mktemp('whole')
+  config = write_config(make_config(folder), place / 'config.py')
+  process = start(config, place / 'run')
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  return config, place / 'run', output
+
+
+def test_run_leaves_what_the_readme_says(whole_run):
+  _, workdir, output = whole_run
+  metrics = read_metrics(workdir)
+  assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
+  assert {
+    'loss', 'loss_rep', 'loss_gen', 'grad_norm', 'learning_rate',
+    'padding_fraction',
+  } <= set(metrics[0])  # fmt: skip
+  assert json.loads((workdir / 'config.json').read_text())['steps'] == STEPS
+  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  assert list(evaluation) == ['before', 'after', 'random', 'tfidf']
+  for row in 'before', 'after':
+    assert set(evaluation[row]) == {
+      'recall_at_1', 'recall_at_10', 'ndcg_at_10', 'candidates',
+      'generative_loss',
+    }  # fmt: skip
+  assert (workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  assert list(workdir.glob('**/events.out.tfevents.*'))
+  assert (workdir / 'checkpoints' / str(STEPS)).is_dir()
+  assert 'recall_at_10' in output and 'generated:' in output
+
+
+def test_loss_falls(whole_run):
+  _, workdir, _ = whole_run
+  metrics = read_metrics(workdir)
+  assert metrics[-1]['loss_gen'] < metrics[0]['loss_gen'] - 0.2
+
+
+def test_killed_run_goes_on_with_equal_metrics(whole_run, tmp_path):
+  config, workdir, _ = whole_run
+  process = start(config, tmp_path / 'run')
+  wait_for_step(tmp_path / 'run', 3, process)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  process = start(config, tmp_path / 'run')
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  assert read_metrics(tmp_path / 'run') == read_metrics(workdir)
+  for run in 'after', 'tfidf':
+    found, expected = (
+      json.loads((place / 'evaluation.json').read_text())[run]
+      for place in (tmp_path / 'run', workdir)
+    )
+    assert found == expected
+
+
+def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
+  config, workdir, _ = whole_run
+  process = start(config, tmp_path / 'run', '--config.checkpoint.every_steps=50')
+  wait_for_step(tmp_path / 'run', 1, process)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  steps = [path.name for path in (tmp_path / 'run/checkpoints').iterdir()]
+  assert len(steps) == 1 and 0 < int(steps[0]) <= STEPS, output
+  process = start(config, tmp_path / 'run', '--config.checkpoint.every_steps=50')
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  assert read_metrics(tmp_path / 'run') == read_metrics(workdir)
+
+
+def test_mistake_ends_in_one_message_and_not_in_a_traceback(folder, tmp_path):
+  config = write_config(make_config(folder), tmp_path / 'config.py')
+  process = start(config, tmp_path / 'run', '--config.model.num_heads=3')
+  output, _ = process.communicate()
+  assert process.returncode != 0
+  assert 'grit_jax: error: model.num_heads=3 is not a multiple' in output
+  assert 'Traceback' not in output
+  process = start(config, tmp_path / 'run', '--config.optimizer.lerning_rate=1')
+  output, _ = process.communicate()
+  assert process.returncode != 0
+  assert 'lerning_rate' in output and 'learning_rate' in output
+
+
+def run(config: Config, workdir: pathlib.Path):
+  return train.train(config, epath.Path(workdir))
+
+
+def test_resume_on_another_mesh_goes_on(whole_run, folder, tmp_path):
+  _, workdir, _ = whole_run
+  config = dataclasses.replace(
+    make_config(folder), mesh=MeshConfig(data=2, fsdp=2, tensor=2)
+  )
+  # Rows are padded to the shards: as many on one device as on four.
+  run(config, tmp_path / 'run')
+  found, expected = read_metrics(tmp_path / 'run'), read_metrics(workdir)
+  for one, other in zip(found, expected, strict=True):
+    for name in 'loss_rep', 'loss_gen':
+      np.testing.assert_allclose(one[name], other[name], rtol=MESH_TOLERANCE)
+
+
+def test_non_finite_loss_names_step_records_and_checkpoint(folder, tmp_path):
+  config = dataclasses.replace(
+    make_config(folder),
+    optimizer=OptimizerConfig(
+      learning_rate=1e30, warmup_fraction=0.0, schedule='constant'
+    ),
+    evaluation=EvaluationConfig(enabled=False, held_out_fraction=0.3, rows=8),
+    checkpoint=CheckpointConfig(every_steps=1),
+  )
+  with pytest.raises(train.NonFiniteLossError) as error:
+    run(config, tmp_path / 'run')
+  message = str(error.value)
+  assert message.startswith('step 2: loss=')
+  assert str(tmp_path / 'run' / 'checkpoints' / '1') in message
+  assert message.count('pairs.jsonl:') == 8
+  assert message.count('chats.jsonl:') == 8
+  saved = {path.name for path in (tmp_path / 'run/checkpoints').iterdir()}
+  assert saved == {'1'}
+
+
+def test_corrupt_checkpoint_is_named_and_kept(whole_run, folder, tmp_path):
+  _, workdir, _ = whole_run
+  copy = tmp_path / 'run'
+  subprocess.run(['cp', '-r', workdir, copy], check=True)
+  arrays = copy / 'checkpoints' / str(STEPS) / 'state'
+  files = sorted(p for p in arrays.rglob('*') if p.is_file())
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:10])
+  with pytest.raises(CheckpointError, match=f'checkpoints/{STEPS}'):
+    run(make_config(folder), copy)
+  assert arrays.is_dir()
+
+
+def test_another_config_in_the_workdir_is_refused(whole_run, folder, tmp_path):
+  _, workdir, _ = whole_run
+  config = dataclasses.replace(make_config(folder), seed=1)
+  with pytest.raises(ConfigError, match='seed: 0, now 1'):
+    run(config, workdir)
+
+
+def edit(config: Config, group: str, **changes) -> Config:
+  value = dataclasses.replace(getattr(config, group), **changes)
+  return dataclasses.replace(config, **{group: value})
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('{"query": ["a", "b"], "pos": [["", "c"]]', r'bad\.jsonl:2'),
+    ('', r'bad\.jsonl:2'),
+    ('{"query": ["a", "b"], "neg": [["", "c"]]}', r"bad\.jsonl:2.*pos"),
+  ],
+)
+def test_bad_record_names_file_and_line(tmp_path, line, message):
+  good = '{"query": ["a", "b"], "pos": [["", "c"]], "neg": [["", "d"]]}'
+  (tmp_path / 'bad.jsonl').write_text(f'{good}\n{line}\n{good}\n')
+  config = edit(make_config(tmp_path), 'objective', mode='embedding')
+  config = edit(config, 'evaluation', enabled=False, held_out_fraction=0.0)
+  with pytest.raises(RecordError, match=message):
+    run(config, tmp_path / 'run')
+
+
+def test_instruction_longer_than_its_limit_names_file_and_line(
+  folder, tmp_path
+):
+  record = {
+    'query': ['a ' * 60, 'b'], 'pos': [['', 'c']], 'neg': [['', 'd']],
+  }  # fmt: skip
+  pairs = (folder / 'pairs.jsonl').read_text().splitlines()
+  pairs[4] = json.dumps(record)
+  (tmp_path / 'pairs.jsonl').write_text('\n'.join(pairs) + '\n')
+  config = edit(make_config(tmp_path), 'objective', mode='embedding')
+  config = edit(config, 'evaluation', enabled=False, held_out_fraction=0.0)
+  with pytest.raises((FormatError, RecordError), match=r'pairs\.jsonl:5'):
+    run(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+  ('group', 'changes', 'error', 'message'),
+  [
+    ('mesh', {'data': 3}, MeshError, '8 devices do not divide by 3'),
+    ('mesh', {'fsdp': 3}, MeshError, 'mesh of 3 devices, but there are 8'),
+    ('mesh', {'tensor': 4}, MeshError, 'model.num_kv_heads=2'),
+    ('memory', {'chunk_rows': 6}, MeshError, 'memory.chunk_rows=6'),
+    ('data', {'embedding_batch': 900}, ConfigError, 'data.embedding_batch'),
+    ('data', {'paths': 'nowhere'}, FileNotFoundError, 'nowhere'),
+    ('data', {'tokenizer': 'nowhere.model'}, FileNotFoundError, 'nowhere'),
+    ('model', {'vocab_size': 20}, ConfigError, 'model.vocab_size=20'),
+  ],
+)
+def test_what_does_not_fit_is_named_before_training(
+  folder, tmp_path, group, changes, error, message
+):
+  with pytest.raises(error, match=message):
+    run(edit(make_config(folder), group, **changes), tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+
+
+def test_mode_without_its_data_is_named(folder, tmp_path):
+  (tmp_path / 'pairs.jsonl').write_text((folder / 'pairs.jsonl').read_text())
+  with pytest.raises(ConfigError, match='needs generative records'):
+    run(make_config(tmp_path), tmp_path / 'run')
+
+
+@pytest.mark.parametrize('mode', ['embedding', 'generative'])
+def test_single_modes_run_with_their_own_data_alone(folder, tmp_path, mode):
+  name = {'embedding': 'pairs', 'generative': 'chats'}[mode] + '.jsonl'
+  (tmp_path / name).write_text((folder / name).read_text())
+  config = edit(make_config(tmp_path), 'objective', mode=mode)
+  config = edit(config, 'memory', chunk_rows=8)
+  config = dataclasses.replace(config, steps=2)
+  result = run(config, tmp_path / 'run')
+  metrics = read_metrics(tmp_path / 'run')[-1]
+  assert ('loss_rep' in metrics) == (mode == 'embedding')
+  assert ('loss_gen' in metrics) == (mode == 'generative')
+  assert ('recall_at_10' in result['after']) == (mode == 'embedding')
+  assert ('generative_loss' in result['after']) == (mode == 'generative')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')))
+def test_shipped_config_is_valid(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = configuration.resolve(module.get_config())
+  assert config.steps > 0 and module.__doc__
+
+
+def test_memory_settings_are_the_only_two():
+  assert [f.name for f in dataclasses.fields(MemoryConfig)] == [
+    'remat',
+    'chunk_rows',
+  ]
+  assert jax.device_count() == 8
