@@ -6,6 +6,8 @@ import jax
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# Leaves out LLVM's optimisations: tests compile much and compute little.
+jax.config.update('jax_disable_most_optimizations', True)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

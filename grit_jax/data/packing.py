@@ -73,8 +73,9 @@ def choose_buckets(
 ) -> list[tuple[int, int]]:
   """Chooses the row counts that steps are padded to, with the least padding.
 
-  Steps are grouped by their first count, and a group is padded to its largest
-  counts; dynamic programming finds the groups of least padding in all.
+  Steps are grouped by their first count (by the second where the first stream
+  is absent), and a group is padded to its largest counts; dynamic programming
+  finds the groups of least padding in all.
 
   Args:
     counts: int [steps, 2], rows of both streams in each step.
@@ -85,6 +86,9 @@ def choose_buckets(
     At most `buckets` pairs of row counts, ascending in the first; every step
     fits one of them.
   """
+  if not counts[:, 0].any() and counts[:, 1].any():
+    swapped = choose_buckets(counts[:, ::-1], buckets, multiple)
+    return [(0, rows) for rows, _ in swapped]
   rounded = -(-counts // multiple) * multiple
   first, inverse, steps = np.unique(
     rounded[:, 0], return_inverse=True, return_counts=True

@@ -100,7 +100,7 @@ class HeldOutEvaluation:
       ranks = retrieval.rank_of_positive(queries, candidates, self.positives)
       chosen = np.random.default_rng(self.config.seed).permutation(len(ranks))
       for query in chosen[:EXAMPLES]:
-        best = retrieval.top_candidates(queries[query], candidates, 1)[0]
+        [best], _ = retrieval.top_candidates(queries[query], candidates, 1)
         lines += [
           f'Query: {_shorten(self._text(self.queries[query]), 2)}',
           f'  best of {len(candidates)} (the right one has rank '

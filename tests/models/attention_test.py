@@ -5,11 +5,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from grit_jax.batch import Rows
 from grit_jax.config import ATTENTION_MODES
 from grit_jax.models import attention
 from grit_jax.models.attention import Kind
+from grit_jax.sharding import place
 
 # Float32 sums of some ten products of numbers of size 1, in another order.
 SUM_TOLERANCE = 1e-5
@@ -75,7 +77,7 @@ def test_modes_give_each_stream_its_two_letters(mode: str):
   assert attention.generative_kind(mode) is KINDS[mode[2:]]
 
 
-def test_attend_equals_float64_attention_head_by_head(one_device):
+def test_attend_equals_float64_attention_head_by_head(one_device: Mesh):
   rng = np.random.default_rng(0)
   rows, tokens, heads, kv_heads, head_dim = 2, 7, 6, 2, 4
   q = rng.standard_normal((rows, tokens, heads, head_dim))
@@ -89,7 +91,10 @@ def test_attend_equals_float64_attention_head_by_head(one_device):
     weights = np.where(mask, np.exp(scores / np.sqrt(head_dim)), 0)
     weights /= weights.sum(axis=-1, keepdims=True)
     expected[:, :, n] = weights @ v[:, :, shared]
-  arrays = [jax.numpy.asarray(x, 'float32') for x in (q, k, v)]
+  arrays = [
+    place(one_device, x.astype('float32'), 'rows', 'seq', axis, 'head_dim')
+    for x, axis in ((q, 'heads'), (k, 'kv_heads'), (v, 'kv_heads'))
+  ]
   actual = attention.attend(*arrays, jax.numpy.asarray(mask))
   np.testing.assert_allclose(actual, expected, atol=SUM_TOLERANCE)
 

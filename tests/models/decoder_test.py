@@ -338,16 +338,21 @@ def _count_weights(config: ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def test_activations_are_in_the_configured_dtype(
+def test_activations_are_bfloat16_and_logits_float32(
   one_device: Mesh, random_decoder: Callable, pack: Callable
 ):
   config = dataclasses.replace(CONFIG, dtype='bfloat16')
   model = random_decoder(one_device, config)
   rows = pack(*LAYOUTS, length=LENGTH)
   hidden = jax.eval_shape(lambda: model([rows], [Kind.CAUSAL])[0])
-  assert hidden.dtype == 'bfloat16'
   head = model.gather_head()
-  states = jnp.zeros(hidden.shape, hidden.dtype)
-  assert head.dtype == 'bfloat16'
-  logits = model.logits(states, head)
-  assert logits.dtype == 'float32'
+  assert hidden.dtype == head.dtype == 'bfloat16'
+  states = np.random.default_rng(0).standard_normal(hidden.shape)
+  states = jnp.asarray(states, 'bfloat16')
+  expected = np.asarray(states, np.float64) @ np.asarray(head, np.float64)
+  # A logit rounded to bfloat16 on its way would be off by 2^-9 of itself.
+  np.testing.assert_allclose(
+    model.logits(states, head)[..., :101],
+    expected[..., :101],
+    atol=SAME_TOLERANCE,
+  )
