@@ -15,6 +15,7 @@ from grit_jax.config import (
   Config,
   DataConfig,
   EvaluationConfig,
+  MemoryConfig,
   ObjectiveConfig,
   OptimizerConfig,
 )
@@ -36,18 +37,21 @@ def get_config() -> ml_collections.ConfigDict:
         generative_batch=16,
         num_passages=2,
         max_query_tokens=64,
-        max_passage_tokens=128,
+        # A function's head and first lines; longer ones cost more steps than
+        # their ends are worth to a model this small.
+        max_passage_tokens=64,
         max_generative_tokens=256,
         row_length=256,
         max_segments=24,
-        row_buckets=3,
+        row_buckets=4,
       ),
       optimizer=OptimizerConfig(
         learning_rate=2e-3, warmup_fraction=0.05, schedule='cosine'
       ),
-      checkpoint=CheckpointConfig(every_steps=100, keep=2),
+      memory=MemoryConfig(remat='none'),
+      checkpoint=CheckpointConfig(every_steps=50, keep=2),
       evaluation=EvaluationConfig(rows=16),
-      steps=300,
+      steps=120,
       log_every=10,
     )
   )

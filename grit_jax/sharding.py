@@ -214,9 +214,7 @@ def join_rows(streams: Sequence[jax.Array]) -> jax.Array:
   if len(streams) == 1:
     return streams[0]
   x = jnp.concatenate([_by_shard(x) for x in streams], axis=1)
-  return x.reshape(
-    -1, *x.shape[2:], out_sharding=P(ROWS, *_rest(streams[0]))
-  )
+  return x.reshape(-1, *x.shape[2:], out_sharding=P(ROWS, *_rest(streams[0])))
 
 
 def split_rows(x: jax.Array, rows: Sequence[int]) -> list[jax.Array]:

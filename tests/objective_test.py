@@ -2,7 +2,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,8 +24,6 @@ from grit_jax.optimizer import make_optimizer, make_schedule
 # float32 sums in another order over up to 8 devices or chunks; the values are
 # of order 1, and a temperature of 0.02 multiplies an embedding's by 50.
 MESH_TOLERANCE = 1e-5
-# One float64 evaluation against float32 with full-precision products.
-LOSS_TOLERANCE = 1e-5
 
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
 
@@ -174,3 +171,68 @@ def test_chunks_give_the_one_pass_gradient(data, one_device, shape):
       found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
     )
   assert_equal_gradients(gradient, found)
+
+
+def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  temporary = []
+  for chunk_rows in (0, 8, 2):
+    # Wide enough for the activations to outweigh the weights and the cache.
+    config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows))
+    config = dataclasses.replace(
+      config, model=dataclasses.replace(config.model, mlp_dim=512)
+    )
+    pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)
+    function = (
+      objective.cached_gradient if chunk_rows else objective.one_pass_gradient
+    )
+    with jax.set_mesh(mesh):
+      model = jax.jit(lambda rng: Decoder(config.model, rng))(  # noqa: B023
+        jax.random.key(1)
+      )
+      batch = place_batch(mesh, pipeline.build(0).batch)
+      compiled = (
+        jax.jit(function, static_argnums=2)
+        .lower(model, batch, config)
+        .compile()
+      )
+    temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+  one_pass, eight, two = temporary
+  assert two < 0.7 * eight and eight < 0.7 * one_pass, temporary
+
+
+@pytest.mark.parametrize('chunk_rows', [0, 4])
+def test_step_compiles_once_a_bucket(data, chunk_rows):
+  config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows), steps=6)
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, row_buckets=2)
+  )
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  step = objective.make_train_step(
+    config, optimizer, make_schedule(config.optimizer, config.steps)
+  )
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda rng: objective.create_state(config, optimizer, rng))(
+      jax.random.key(0)
+    )
+    shapes = set()
+    for host in pipeline.iterate():
+      batch = place_batch(mesh, host.batch)
+      shapes.add(
+        (
+          batch.embedding.pooled.shape,
+          batch.generative.loss_weights.shape,
+        )
+      )
+      state, _ = step(state, batch)
+  assert int(state.step) == 6
+  assert len(shapes) == (1 if chunk_rows else 2)
+  assert step._cache_size() == len(shapes)
+
+
+def test_weights_of_the_objective_scale_its_parts(data, one_device):
+  _, _, metrics, _ = one_device
+  expected = 0.7 * metrics['loss_rep'] + 1.3 * metrics['loss_gen']
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)

@@ -125,8 +125,7 @@ def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str):
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [
-    {k: v for k, v in json.loads(line).items() if k != TIMED}
-    for line in lines
+    {k: v for k, v in json.loads(line).items() if k != TIMED} for line in lines
   ]
 
 
@@ -199,14 +198,18 @@ def test_killed_run_goes_on_with_equal_metrics(whole_run, tmp_path):
 
 def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
   config, workdir, _ = whole_run
-  process = start(config, tmp_path / 'run', '--config.checkpoint.every_steps=50')
+  process = start(
+    config, tmp_path / 'run', '--config.checkpoint.every_steps=50'
+  )
   wait_for_step(tmp_path / 'run', 1, process)
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate()
   assert process.returncode == 0, output
   steps = [path.name for path in (tmp_path / 'run/checkpoints').iterdir()]
   assert len(steps) == 1 and 0 < int(steps[0]) <= STEPS, output
-  process = start(config, tmp_path / 'run', '--config.checkpoint.every_steps=50')
+  process = start(
+    config, tmp_path / 'run', '--config.checkpoint.every_steps=50'
+  )
   output, _ = process.communicate()
   assert process.returncode == 0, output
   assert read_metrics(tmp_path / 'run') == read_metrics(workdir)
@@ -292,7 +295,7 @@ def edit(config: Config, group: str, **changes) -> Config:
   [
     ('{"query": ["a", "b"], "pos": [["", "c"]]', r'bad\.jsonl:2'),
     ('', r'bad\.jsonl:2'),
-    ('{"query": ["a", "b"], "neg": [["", "c"]]}', r"bad\.jsonl:2.*pos"),
+    ('{"query": ["a", "b"], "neg": [["", "c"]]}', r'bad\.jsonl:2.*pos'),
   ],
 )
 def test_bad_record_names_file_and_line(tmp_path, line, message):

@@ -59,49 +59,69 @@ class GenerativePlan:
 class BatchOrder:
   """Which records each step takes.
 
-  An epoch shuffles every data set and cuts it into batches; what is left over
-  of all of them is shuffled together into further batches, and at last fewer
-  than a batch's records sit the epoch out. The batches come in random order.
+  An epoch cuts every data set into batches; what is left over of all of them
+  makes further batches, and at last fewer than a batch's records sit the epoch
+  out. The batches come in random order.
+
+  A batch is a stratified sample: the records, sorted by length, fall into as
+  many strata as a batch has places, and each batch takes one of each at
+  random. So all batches of a data set have nearly the same number of tokens,
+  and few shapes fit them with little padding.
   """
 
   def __init__(
-    self, name: str, sizes: list[int], batch: int, seed: tuple[int, ...]
+    self,
+    name: str,
+    lengths: list[np.ndarray],
+    batch: int,
+    seed: tuple[int, ...],
   ):
     """Lays down the order.
 
     Args:
       name: the key of the batch size, for messages.
-      sizes: records of each data set.
+      lengths: for each data set, the expected tokens of its records in a step.
       batch: records a step.
       seed: of the shuffles.
 
     Raises:
       ConfigError: there are fewer records than a batch takes.
     """
-    total = sum(sizes)
+    self.starts = np.cumsum([0, *map(len, lengths)])
+    self.lengths = np.concatenate(lengths)
+    total = len(self.lengths)
     if total < batch:
       raise ConfigError(
         f'{name}={batch}, but there are only {total} such records.'
       )
-    self.sizes, self.batch, self.seed = sizes, batch, seed
-    self.starts = np.cumsum([0, *sizes])
+    self.batch, self.seed = batch, seed
     self.batches_per_epoch = total // batch
     self.left_out_per_epoch = total % batch
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019 (one order lives as long as a run)
+  def _stratify(
+    self, rng: np.random.Generator, records: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns batches of records, int64 [batches, B], and those left over."""
+    records = rng.permutation(records)
+    count = len(records) // self.batch
+    kept, left = np.split(records, [count * self.batch])
+    kept = kept[np.argsort(self.lengths[kept], kind='stable')]
+    strata = rng.permuted(kept.reshape(self.batch, count), axis=1)
+    # Within a batch the order is random again: groups of the `mixed` loss
+    # must not be groups by length.
+    return rng.permuted(strata.T, axis=1), left
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 (an order lives as long as a run)
   def _epoch(self, epoch: int) -> np.ndarray:
     """Returns an epoch's batches, int64 [batches, B], over all data sets."""
     rng = np.random.default_rng([*self.seed, epoch])
     batches, leftovers = [], []
-    for start, size in zip(self.starts, self.sizes, strict=False):
-      order = start + rng.permutation(size)
-      whole = size // self.batch * self.batch
-      batches.append(order[:whole].reshape(-1, self.batch))
-      leftovers.append(order[whole:])
-    rest = rng.permutation(np.concatenate(leftovers))
-    whole = len(rest) // self.batch * self.batch
-    batches.append(rest[:whole].reshape(-1, self.batch))
-    return rng.permutation(np.concatenate(batches), axis=0)
+    for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
+      whole, left = self._stratify(rng, np.arange(start, stop))
+      batches.append(whole)
+      leftovers.append(left)
+    whole, _ = self._stratify(rng, np.concatenate(leftovers))
+    return rng.permutation(np.concatenate([*batches, whole]), axis=0)
 
   def records(self, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the data set and the record of each place in a step's batch."""
@@ -131,7 +151,7 @@ class Plan:
     if embedding:
       self.embedding_order = BatchOrder(
         'data.embedding_batch',
-        [len(dataset) for dataset in embedding],
+        [_expected_tokens(dataset, data.num_passages) for dataset in embedding],
         data.embedding_batch,
         (seed, _EMBEDDING_ORDER),
       )
@@ -139,9 +159,10 @@ class Plan:
       # Conversations need no batch of their own data set: nothing in the
       # generative loss compares them.
       self.generative_starts = np.cumsum([0, *map(len, generative)])
+      lengths = np.concatenate([dataset.lengths for dataset in generative])
       self.generative_order = BatchOrder(
         'data.generative_batch',
-        [int(self.generative_starts[-1])],
+        [lengths],
         data.generative_batch,
         (seed, _GENERATIVE_ORDER),
       )
@@ -207,3 +228,14 @@ class Plan:
           for which, record in zip(plan.datasets, plan.records, strict=True)
         ]
     return names
+
+
+def _expected_tokens(
+  dataset: EmbeddingDataset, num_passages: int
+) -> np.ndarray:
+  """Returns the tokens of each record's query and passages, on average."""
+  starts = dataset.offsets[:-1]
+  texts = np.diff(dataset.offsets)
+  queries = dataset.lengths[starts]
+  passages = np.add.reduceat(dataset.lengths, starts) - queries
+  return queries + num_passages * passages / (texts - 1)

@@ -183,8 +183,13 @@ class Decoder(nnx.Module):
     """Draws all weights; under `jax.jit` each is born in its sharding."""
     self.config = config
     keys = jax.random.split(key, 4)
-    shape, logical = (padded_vocab(config), config.embed_dim), ('vocab', 'embed')
-    self.embed = _matrix(keys[0], shape, logical, config)
+    shape = (padded_vocab(config), config.embed_dim)
+    logical = ('vocab', 'embed')
+    # From scratch, tokens of size 1 keep the residual sum theirs until the
+    # layers have learnt something, so embeddings tell texts apart from the
+    # first step. A table that is the head too would give huge logits.
+    scale = INIT_SCALE if config.tie_embeddings else 1.0
+    self.embed = _matrix(keys[0], shape, logical, config, scale)
     layer_keys = jax.random.split(keys[1], config.num_layers)
     self.blocks = jax.vmap(lambda key: Block(config, key))(layer_keys)
     self.final_norm = _norm(config)

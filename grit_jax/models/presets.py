@@ -31,8 +31,7 @@ def small() -> ModelConfig:
     num_heads=4,
     num_kv_heads=2,
     head_dim=64,
-    mlp_dim=704,
-    tie_embeddings=True,
+    mlp_dim=512,
     dtype='float32',
   )
 

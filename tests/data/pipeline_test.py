@@ -17,7 +17,7 @@ from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
 from grit_jax.data.pipeline import Pipeline, place_batch, reduction_weights
 from grit_jax.data.sources import TRAIN, sources
 
-ROW, SEGMENTS, STEPS = 64, 5, 6
+ROW, SEGMENTS, STEPS, CHUNK = 64, 5, 6, 2
 # Weights are float32, and float64 sums of 40 products with them.
 WEIGHT_TOLERANCE = 1e-6
 
@@ -89,7 +89,7 @@ def pipeline(datasets) -> Pipeline:
 
 @pytest.fixture(scope='module')
 def chunked(datasets) -> Pipeline:
-  return Pipeline(make_config(chunk_rows=4), *datasets, 2)
+  return Pipeline(make_config(chunk_rows=CHUNK), *datasets, 2)
 
 
 def assert_equal_batches(one: Batch, other: Batch) -> None:
@@ -252,13 +252,16 @@ def test_useful_and_computed_tokens_are_counted(pipeline):
 
 
 def test_computed_tokens_with_chunks_are_those_of_the_chunks_in_use(chunked):
+  idle = 0
   for step in range(STEPS):
     host = chunked.build(step)
     streams = (host.batch.embedding, host.batch.generative)
     used = sum(int(stream.chunks) for stream in streams)
-    assert host.computed_tokens == used * 4 * ROW
+    assert host.computed_tokens == used * CHUNK * ROW
+    idle += sum(len(stream.rows.tokens) for stream in streams) - used
     useful = sum((stream.rows.segments > 0).sum() for stream in streams)
     assert host.useful_tokens == useful
+  assert idle  # some step has chunks that it does not compute
 
 
 def test_every_step_has_the_shape_of_a_bucket(pipeline):
@@ -277,8 +280,8 @@ def test_chunks_hold_the_rows_of_the_one_pass_batch(pipeline, chunked):
       x, y = getattr(one, stream), getattr(other, stream)
       rows = getattr(pipeline.plan, f'{stream}_step')(step).packing.num_rows
       assert int(x.chunks) == 0
-      assert int(y.chunks) == -(-rows // 4)
-      assert y.rows.tokens.shape[1:] == (4, ROW)
+      assert int(y.chunks) == -(-rows // CHUNK)
+      assert y.rows.tokens.shape[1:] == (CHUNK, ROW)
       for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         name = path[-1].name
         inside = y.rows if hasattr(y.rows, name) else y
@@ -299,7 +302,7 @@ def test_all_steps_have_one_shape_with_chunks(chunked):
   assert len(shapes) == 1
 
 
-@pytest.mark.parametrize('chunk_rows', [0, 4])
+@pytest.mark.parametrize('chunk_rows', [0, CHUNK])
 @pytest.mark.parametrize('absent', ['embedding', 'generative'])
 def test_a_stream_without_data_is_absent(datasets, absent, chunk_rows):
   embedding, generative = datasets
@@ -315,7 +318,7 @@ def test_a_stream_without_data_is_absent(datasets, absent, chunk_rows):
   stream = getattr(host.batch, present)
   assert host.useful_tokens == (stream.rows.segments > 0).sum()
   chunks = int(stream.chunks)
-  computed = chunks * 4 * ROW if chunk_rows else stream.rows.tokens.size
+  computed = chunks * CHUNK * ROW if chunk_rows else stream.rows.tokens.size
   assert host.computed_tokens == computed
 
 

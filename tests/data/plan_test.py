@@ -8,7 +8,12 @@ import pytest
 
 from grit_jax.config import Config, ConfigError, DataConfig
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
-from grit_jax.data.plan import EmbeddingPlan, GenerativePlan, Plan
+from grit_jax.data.plan import (
+  BatchOrder,
+  EmbeddingPlan,
+  GenerativePlan,
+  Plan,
+)
 from grit_jax.data.sources import TRAIN, sources
 
 # Records of each embedding data set. A batch of 8 leaves 3, 1 and 6 over: ten
@@ -111,18 +116,23 @@ def test_another_seed_gives_other_records_and_other_passages(datasets):
   assert [keys_of(one.generative_step(step)) for step in range(4)] != [
     keys_of(other.generative_step(step)) for step in range(4)
   ]
-  # Of one record, too: which passages it comes with is drawn anew.
-  drawn = [
-    {
-      key: texts.tolist()
-      for step in range(EPOCH)
-      for planned in [plan.embedding_step(step)]
-      for key, texts in zip(keys_of(planned), planned.texts, strict=True)
-    }
-    for plan in (one, other)
-  ]
-  both = drawn[0].keys() & drawn[1].keys()
-  assert any(drawn[0][key] != drawn[1][key] for key in both)
+  # Of the same records, too: the draw of passages has a seed of its own.
+  other.embedding_order = one.embedding_order
+  for step in range(EPOCH):
+    a, b = one.embedding_step(step), other.embedding_step(step)
+    assert keys_of(a) == keys_of(b)
+    assert (a.texts != b.texts).any()
+
+
+def test_a_record_comes_with_other_passages_in_another_step(
+  datasets, monkeypatch
+):
+  plan = make_plan(datasets)
+  same = plan.embedding_order.records(0)
+  monkeypatch.setattr(plan.embedding_order, 'records', lambda step: same)
+  one, other = plan.embedding_step(0), plan.embedding_step(1)
+  assert keys_of(one) == keys_of(other)
+  assert (one.texts != other.texts).any()
 
 
 def test_an_epoch_takes_every_record_once_but_those_left_out(datasets):
@@ -262,3 +272,19 @@ def test_records_are_named_by_file_and_line(datasets):
   assert len(names) == BATCH + 4
   for name, (file, line) in zip(names, expected, strict=True):
     assert name.endswith(f'/{file}.jsonl:{line}'), name
+
+
+def test_batches_of_a_data_set_have_nearly_equal_tokens():
+  lengths = np.random.default_rng(0).lognormal(5, 0.8, 6400).astype(np.int64)
+  order = BatchOrder('batch', [lengths], 64, (0,))
+  batches = [lengths[order.records(step)[1]] for step in range(100)]
+  tokens = np.array([batch.sum() for batch in batches])
+  # A random sample of 64 such lengths varies by 12%.
+  assert tokens.std() / tokens.mean() < 0.02
+  # In a batch they come in random order, so that any slice of it is a sample.
+  first_half = sum(batch[:32].sum() for batch in batches)
+  assert 0.45 < first_half / tokens.sum() < 0.55
+  assert (
+    len(np.unique(np.concatenate([order.records(s)[1] for s in range(100)])))
+    == 6400
+  )

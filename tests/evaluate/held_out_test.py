@@ -22,8 +22,8 @@ from grit_jax.models.attention import Kind
 from grit_jax.models.decoder import Decoder
 
 ROW, GENERATED = 64, 8
-# float32 sums in another order: other rows, other devices, or float64. An
-# embedding has length 1, a loss of this model is about 15.
+# float32 sums in another order: in other rows, on other devices, or in float64.
+# Absolute for embeddings, which have length 1, and relative for losses.
 TOLERANCE = 1e-5
 WORDS = 'parse format argument option value help print action store'.split()
 
