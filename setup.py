@@ -6,8 +6,8 @@ import setuptools
 
 README = pathlib.Path(__file__).parent / 'README.md'
 
-# The lower bounds are the versions that the tests have run on; below them
-# nothing is known. Python 3.11 and 3.12 get different versions of JAX.
+# The tests run with the newest versions that Python 3.11 and 3.12 get, which
+# differ for JAX; below the bounds nothing is known.
 REQUIREMENTS = [
   'absl-py>=2.3',
   'etils[epath]>=1.13',

@@ -7,6 +7,8 @@ temperature 0.02. Two CPU cores take about four minutes:
     --workdir=runs/quickstart
 """
 
+import dataclasses
+
 import ml_collections
 
 from grit_jax import config as configuration
@@ -26,7 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the configuration that flags override."""
   return configuration.to_config_dict(
     Config(
-      model=presets.small(),
+      # One layer: at this many steps a second one costs more than it brings.
+      model=dataclasses.replace(presets.small(), num_layers=1),
       objective=ObjectiveConfig(
         generative_reduction='token', generative_weight=0.3
       ),
@@ -41,17 +44,17 @@ def get_config() -> ml_collections.ConfigDict:
         # their ends are worth to a model this small.
         max_passage_tokens=64,
         max_generative_tokens=256,
-        row_length=256,
-        max_segments=24,
-        row_buckets=4,
+        row_length=384,
+        max_segments=32,
+        row_buckets=3,
       ),
       optimizer=OptimizerConfig(
         learning_rate=2e-3, warmup_fraction=0.05, schedule='cosine'
       ),
       memory=MemoryConfig(remat='none'),
       checkpoint=CheckpointConfig(every_steps=50, keep=2),
-      evaluation=EvaluationConfig(rows=16),
-      steps=120,
+      evaluation=EvaluationConfig(rows=16, max_conversations=200),
+      steps=140,
       log_every=10,
     )
   )

@@ -6,6 +6,7 @@ again with the same command, a run goes on where it stopped.
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 import time
@@ -64,6 +65,14 @@ USER_ERRORS = (
 
 def main(argv: Sequence[str]) -> None:
   """Trains as the flags say; a mistake of the user's ends in one message."""
+  # Of the libraries underneath, only what may need the user's attention.
+  package = os.path.dirname(__file__)
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      record.levelno >= logging.converter.STANDARD_WARNING
+      or record.pathname.startswith(package)
+    )
+  )
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   try:

@@ -26,7 +26,7 @@ from grit_jax.models.attention import embedding_kind, generative_kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.sharding import place, row_shards, spec
 
-EXAMPLES = 3  # retrieved ones shown
+EXAMPLES = 3  # retrieved texts, and generated answers, shown
 
 
 class HeldOutEvaluation:
@@ -93,7 +93,7 @@ class HeldOutEvaluation:
     }
 
   def show_examples(self, model: Decoder) -> str:
-    """Returns a few retrieved texts and one generated answer, to be read."""
+    """Returns a few retrieved texts and generated answers, to be read."""
     lines = []
     if self.queries:
       queries, candidates = self._encode_all(model)
@@ -107,12 +107,13 @@ class HeldOutEvaluation:
           f'{ranks[query] + 1}):',
           _indent(_shorten(self._text(self.candidates[best]), 4)),
         ]
-    if self.conversations:
-      prompt, answer = self._first_exchange(self.conversations[0])
+    stride = max(1, len(self.conversations) // EXAMPLES)
+    for conversation in self.conversations[::stride][:EXAMPLES]:
+      prompt, answer = self._first_exchange(conversation)
       generated = self._generate(model, prompt)
       lines += [
         'Prompt:',
-        _indent(_shorten(self.tokenizer.decode(prompt), 12)),
+        _indent(_shorten(self.tokenizer.decode(prompt), 8)),
         f'  true answer: {_shorten(self.tokenizer.decode(answer), 2)}',
         f'  generated:   {_shorten(self.tokenizer.decode(generated), 2)}',
       ]
