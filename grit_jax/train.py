@@ -44,6 +44,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
 _CHANGEABLE = ('mesh', 'memory', 'checkpoint', 'evaluation', 'log_every')
+# But for this one, which decides what is trained on.
+_FIXED = 'evaluation.held_out_fraction'
 
 
 class NonFiniteLossError(RuntimeError):
@@ -341,7 +343,7 @@ def _check_same_run(
   changed = [
     f'{key}: {before!r}, now {after!r}'
     for key, before, after in _differences(kept, now)
-    if key.split('.')[0] not in _CHANGEABLE
+    if key.split('.')[0] not in _CHANGEABLE or key == _FIXED
   ]
   if changed:
     raise ConfigError(

@@ -283,6 +283,9 @@ def test_another_config_in_the_workdir_is_refused(whole_run, folder, tmp_path):
   config = dataclasses.replace(make_config(folder), seed=1)
   with pytest.raises(ConfigError, match='seed: 0, now 1'):
     run(config, workdir)
+  config = edit(make_config(folder), 'evaluation', held_out_fraction=0.2)
+  with pytest.raises(ConfigError, match='held_out_fraction: 0.3, now 0.2'):
+    run(config, workdir)
 
 
 def edit(config: Config, group: str, **changes) -> Config:
