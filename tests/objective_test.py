@@ -205,7 +205,11 @@ def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):
 def test_step_compiles_once_a_bucket(data, chunk_rows):
   config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows), steps=6)
   config = dataclasses.replace(
-    config, data=dataclasses.replace(config.data, row_buckets=2)
+    config,
+    # Small batches, so that their rows differ in number.
+    data=dataclasses.replace(
+      config.data, row_buckets=2, embedding_batch=2, generative_batch=4
+    ),
   )
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)

@@ -280,7 +280,7 @@ def test_batches_of_a_data_set_have_nearly_equal_tokens():
   batches = [lengths[order.records(step)[1]] for step in range(100)]
   tokens = np.array([batch.sum() for batch in batches])
   # A random sample of 64 such lengths varies by 12%.
-  assert tokens.std() / tokens.mean() < 0.02
+  assert tokens.std() / tokens.mean() < 0.03
   # In a batch they come in random order, so that any slice of it is a sample.
   first_half = sum(batch[:32].sum() for batch in batches)
   assert 0.45 < first_half / tokens.sum() < 0.55
