@@ -107,8 +107,10 @@ class HeldOutEvaluation:
           f'{ranks[query] + 1}):',
           _indent(_shorten(self._text(self.candidates[best]), 4)),
         ]
-    stride = max(1, len(self.conversations) // EXAMPLES)
-    for conversation in self.conversations[::stride][:EXAMPLES]:
+    # Of the longer answers, which show more than a single word would.
+    longest = np.argsort([-text.in_loss.sum() for text in self.conversations])
+    for index in longest[:: max(1, len(longest) // 8)][1 : 1 + EXAMPLES]:
+      conversation = self.conversations[index]
       prompt, answer = self._first_exchange(conversation)
       generated = self._generate(model, prompt)
       lines += [
