@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,19 @@ def test_killed_run_goes_on_with_equal_metrics(whole_run, tmp_path):
     assert found == expected
 
 
+def test_run_resumed_at_a_checkpoint_has_equal_metrics(whole_run, tmp_path):
+  config, workdir, _ = whole_run
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  for step in (4, 6):
+    shutil.rmtree(copy / 'checkpoints' / str(step))
+  process = start(config, copy)
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  assert f'Going on from {copy}/checkpoints/2' in output
+  assert read_metrics(copy) == read_metrics(workdir)
+
+
 def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
   config, workdir, _ = whole_run
   process = start(
@@ -268,7 +282,7 @@ def test_non_finite_loss_names_step_records_and_checkpoint(folder, tmp_path):
 def test_corrupt_checkpoint_is_named_and_kept(whole_run, folder, tmp_path):
   _, workdir, _ = whole_run
   copy = tmp_path / 'run'
-  subprocess.run(['cp', '-r', workdir, copy], check=True)
+  shutil.copytree(workdir, copy)
   arrays = copy / 'checkpoints' / str(STEPS) / 'state'
   files = sorted(p for p in arrays.rglob('*') if p.is_file())
   largest = max(files, key=lambda path: path.stat().st_size)
