@@ -139,10 +139,9 @@ def cached_gradient(
   loss, metrics = jnp.zeros((), jnp.float32), {}
   if batch.embedding is not None:
     weight = config.objective.embedding_weight
-    added, loss_rep, accuracy = _cached_representation_gradient(
+    gradient, loss_rep, accuracy = _cached_representation_gradient(
       model, batch.embedding, config, gradient
     )
-    gradient = added
     loss += weight * loss_rep
     metrics |= {'loss_rep': loss_rep, 'in_batch_accuracy': accuracy}
   if batch.generative is not None:

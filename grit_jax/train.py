@@ -33,7 +33,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, Source, sources
 from grit_jax.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 from grit_jax.evaluate.held_out import HeldOutEvaluation
-from grit_jax.metrics import MetricsWriter, plot_losses
+from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.decoder import count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.sharding import MeshError
@@ -59,6 +59,7 @@ USER_ERRORS = (
   FileNotFoundError,
   FormatError,
   MeshError,
+  MetricsError,
   NonFiniteLossError,
   RecordError,
   TokenizerError,
@@ -379,7 +380,7 @@ class _Loop:
     self.config, self.pipeline = config, pipeline
     self.checkpoints, self.writer = checkpoints, writer
     self.logged_at = time.perf_counter()
-    self.useful_tokens = self.computed_tokens = 0
+    self.useful_tokens = 0
 
   def run(
     self,
@@ -416,7 +417,6 @@ class _Loop:
     metrics = {name: float(value) for name, value in metrics.items()}
     self._check_finite(step, metrics)
     self.useful_tokens += host.useful_tokens
-    self.computed_tokens += host.computed_tokens
     last = step == self.config.steps
     if step % self.config.log_every and step != 1 and not last:
       self.writer.advance(step)
@@ -432,7 +432,7 @@ class _Loop:
       },
     )
     self.logged_at = now
-    self.useful_tokens = self.computed_tokens = 0
+    self.useful_tokens = 0
 
   def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
     """Stops a run whose loss or gradient is not finite any more."""

@@ -56,6 +56,11 @@ class EmbeddingText(NamedTuple):
   instruction_length: int
   cut: int = 0
 
+  @property
+  def in_instruction(self) -> np.ndarray:
+    """Bool [tokens]: those before the text, which are not pooled."""
+    return np.arange(len(self.ids)) < self.instruction_length
+
 
 class Conversation(NamedTuple):
   """A conversation or plain text, as tokens.

@@ -97,7 +97,7 @@ class Pipeline:
     fill = Filler(plan.packing, plan.lengths, self._shape(rows))
     packed = fill.rows(
       [text.ids for text in texts],
-      [np.arange(len(t.ids)) < t.instruction_length for t in texts],
+      [text.in_instruction for text in texts],
     )
     slots = plan.packing.rows * self.config.data.max_segments
     slots = (slots + plan.packing.segments - 1).reshape(plan.texts.shape)

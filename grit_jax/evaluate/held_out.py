@@ -136,10 +136,7 @@ class HeldOutEvaluation:
     for members, packing, fill in self._pack([text.ids for text in texts]):
       rows = fill.rows(
         [texts[i].ids for i in members],
-        [
-          np.arange(len(texts[i].ids)) < texts[i].instruction_length
-          for i in members
-        ],
+        [texts[i].in_instruction for i in members],
       )
       nothing = np.zeros((0,), np.int32)
       batch = EmbeddingRows(
