@@ -110,24 +110,19 @@ class EmbeddingEncoder:
         room for the text.
     """
     prompts = [
-      [formats.format_embedding(text) for text in record.texts]
+      formats.format_embedding(text, self._tokenizer)
       for record in batch
+      for text in record.texts
     ]
-    ids = iter(
-      self._tokenizer.encode_batch(
-        [prefix + body for texts in prompts for prefix, body in texts]
-      )
-    )
+    encoded = iter(self._tokenizer.encode_parts_batch(prompts))
     examples = []
-    for record, texts, place in zip(batch, prompts, places, strict=True):
+    for record, place in zip(batch, places, strict=True):
       check_negatives(len(record.negatives), self._min_negatives, place)
       marked = []
-      for i, (prefix, _) in enumerate(texts):
+      for i in range(len(record.texts)):
         limit = self.limits['passage' if i else 'query']
         try:
-          marked.append(
-            formats.mark_embedding(prefix, next(ids), self._tokenizer, limit)
-          )
+          marked.append(formats.mark_embedding(*next(encoded), limit))
         except FormatError as error:
           path = _name_text(i, len(record.positives))
           raise RecordError(f'{place}: {path}: {error}') from error
@@ -197,13 +192,13 @@ class GenerativeEncoder:
       begins within the limit.
     """
     del places
-    prompts = [formats.join_conversation(record) for record in batch]
+    prompts = [
+      formats.format_conversation(record, self._tokenizer) for record in batch
+    ]
     examples = []
-    for record, ids in zip(
-      batch, self._tokenizer.encode_batch(prompts), strict=True
-    ):
+    for ids, part in self._tokenizer.encode_parts_batch(prompts):
       conversation = formats.mark_conversation(
-        record, ids, self._tokenizer, self.limits['generative']
+        ids, part, self.limits['generative']
       )
       if conversation.in_loss.any():
         examples.append(self._add(conversation))

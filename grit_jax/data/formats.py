@@ -9,19 +9,20 @@ A conversation, whose further turns are joined by a newline:
 
     <s><|user|>\n{user}\n<|assistant|>\n{assistant}</s>\n<|user|>\n...
 
-`<|user|>` and the like are plain text; `<s>` and `</s>` are special tokens,
-also where they stand in the data. Instructions lose blanks, newlines, tabs and
-colons at their ends, answers lose white space, and the rest stays as it is.
+`<s>` and `</s>` stand for the literals of the tokenizer's BOS and EOS, which
+are special tokens, also where they stand in the data; `<|user|>` and the like
+are plain text. Instructions lose blanks, newlines, tabs and colons at their
+ends, answers lose white space, and the rest stays as it is.
 
 A plain string in the data is its own prompt: nothing is added to it, not even
 BOS, and all of it counts. That is what the reference trains with, and it lets
 a data set bring another format, `<s>` and `</s>` included.
 
-Every prefix ends in a newline, and every newline is one token (see
-`grit_jax.data.tokenizer`). So the tokens of the whole string are computed
-once, and a prefix ends behind as many newline tokens as it has newlines.
-Tokenizing the parts of a conversation each by itself would be wrong: a word
-gets a dummy prefix at the start of a string alone.
+A prompt is a list of parts, in turn one that the model is told and one that
+counts: pooled, or in the loss. The tokens of the whole string are computed
+once, and the tokenizer says which part each belongs to. Tokenizing the parts
+each by itself would be wrong: a word gets a dummy prefix at the start of a
+string alone, and characters merge over the boundary of two parts.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grit_jax.data.records import GenerativeRecord, Text
-from grit_jax.data.tokenizer import BOS, EOS, Tokenizer
+from grit_jax.data.tokenizer import Tokenizer
 
 USER = '<|user|>\n'
 EMBED = '<|embed|>\n'
@@ -82,11 +83,12 @@ class Conversation(NamedTuple):
   cut: int = 0
 
 
-def format_embedding(text: Text) -> tuple[str, str]:
+def format_embedding(text: Text, tokenizer: Tokenizer) -> tuple[str, str]:
   """Formats a text to embed.
 
   Args:
     text: The text with its instruction.
+    tokenizer: The tokenizer whose BOS it begins with.
 
   Returns:
     The prefix, which is not pooled, and the body, which is. The prompt is the
@@ -94,27 +96,51 @@ def format_embedding(text: Text) -> tuple[str, str]:
   """
   if text.instruction is None:
     return '', text.text
-  return format_embedding_prefix(text.instruction), text.text
+  return format_embedding_prefix(text.instruction, tokenizer), text.text
 
 
-def format_embedding_prefix(instruction: str) -> str:
+def format_embedding_prefix(instruction: str, tokenizer: Tokenizer) -> str:
   """Formats what stands before a text to embed.
 
   Args:
     instruction: The instruction; "" for none.
+    tokenizer: The tokenizer whose BOS it begins with.
 
   Returns:
     The prefix, from `<s>` through the newline after `<|embed|>`.
   """
   instruction = instruction.strip('\t\n :')
-  return f'{BOS}{USER}{instruction}\n{EMBED}' if instruction else BOS + EMBED
+  user = f'{USER}{instruction}\n' if instruction else ''
+  return f'{tokenizer.bos_piece}{user}{EMBED}'
 
 
-def format_turns(turns: Sequence[str]) -> list[tuple[str, str]]:
-  """Formats a conversation.
+def format_conversation(
+  record: GenerativeRecord, tokenizer: Tokenizer
+) -> list[str]:
+  """Formats a conversation or a plain text.
+
+  Args:
+    record: The record.
+    tokenizer: The tokenizer whose BOS and EOS are written.
+
+  Returns:
+    In turn what is not in the loss and what is, of a plain text "" and the
+    text. The prompt is all of them joined.
+  """
+  if record.plain:
+    return ['', record.turns[0]]
+  exchanges = format_turns(record.turns, tokenizer)
+  return [part for exchange in exchanges for part in exchange]
+
+
+def format_turns(
+  turns: Sequence[str], tokenizer: Tokenizer
+) -> list[tuple[str, str]]:
+  """Formats the turns of a conversation.
 
   Args:
     turns: User and assistant turns alternating, an even number.
+    tokenizer: The tokenizer whose BOS and EOS are written.
 
   Returns:
     For each exchange the prefix, through the newline after `<|assistant|>`,
@@ -122,17 +148,18 @@ def format_turns(turns: Sequence[str]) -> list[tuple[str, str]]:
   """
   exchanges = []
   for i in range(0, len(turns), 2):
-    start = '\n' if i else BOS
+    start = '\n' if i else tokenizer.bos_piece
     prefix = f'{start}{USER}{turns[i]}\n{ASSISTANT}'
-    exchanges.append((prefix, turns[i + 1].strip() + EOS))
+    exchanges.append((prefix, turns[i + 1].strip() + tokenizer.eos_piece))
   return exchanges
 
 
-def format_chat_prompt(turns: Sequence[str]) -> str:
+def format_chat_prompt(turns: Sequence[str], tokenizer: Tokenizer) -> str:
   """Formats a conversation that the model has to continue.
 
   Args:
     turns: User and assistant turns alternating, the last one the user's.
+    tokenizer: The tokenizer whose BOS and EOS are written.
 
   Returns:
     The prompt, from `<s>` through the newline after the last `<|assistant|>`.
@@ -145,7 +172,7 @@ def format_chat_prompt(turns: Sequence[str]) -> str:
       f'found {len(turns)} turns, expected an odd number: the last one is the '
       "user's"
     )
-  exchanges = format_turns([*turns, ''])
+  exchanges = format_turns([*turns, ''], tokenizer)
   complete = ''.join(prefix + answer for prefix, answer in exchanges[:-1])
   return complete + exchanges[-1][0]
 
@@ -166,20 +193,18 @@ def encode_embedding(
   Raises:
     FormatError: The instruction leaves no room for the text.
   """
-  prefix, body = format_embedding(text)
-  ids = tokenizer.encode(prefix + body)
-  return mark_embedding(prefix, ids, tokenizer, max_tokens)
+  ids, part = tokenizer.encode_parts(format_embedding(text, tokenizer))
+  return mark_embedding(ids, part, max_tokens)
 
 
 def mark_embedding(
-  prefix: str, ids: Sequence[int], tokenizer: Tokenizer, max_tokens: int
+  ids: np.ndarray, part: np.ndarray, max_tokens: int
 ) -> EmbeddingText:
   """Finds where the prefix of a tokenized prompt ends, and cuts the prompt.
 
   Args:
-    prefix: The prefix that `format_embedding` gave.
-    ids: The ids of the prefix followed by the body.
-    tokenizer: The tokenizer that gave the ids.
+    ids: int32 [T], the ids of what `format_embedding` gave.
+    part: int32 [T], the part of each token: 0 the prefix, 1 the body.
     max_tokens: Number of tokens to keep.
 
   Returns:
@@ -188,18 +213,14 @@ def mark_embedding(
   Raises:
     FormatError: The prefix leaves no room for the text.
   """
-  whole = np.array(ids, np.int32)
-  length = 0
-  newlines = prefix.count('\n')
-  if newlines:
-    length = int(np.flatnonzero(whole == tokenizer.newline)[newlines - 1]) + 1
-  if length >= min(len(whole), max_tokens):
+  length = int(np.count_nonzero(part == 0))
+  if length >= min(len(ids), max_tokens):
     raise FormatError(
       f'the instruction takes {length} tokens with its format, which leaves '
       f'none of the {max_tokens} allowed for the text'
     )
-  kept = whole[:max_tokens]
-  return EmbeddingText(kept, length, len(whole) - len(kept))
+  kept = ids[:max_tokens]
+  return EmbeddingText(kept, length, len(ids) - len(kept))
 
 
 def encode_conversation(
@@ -216,50 +237,26 @@ def encode_conversation(
   Returns:
     The tokens.
   """
-  ids = tokenizer.encode(join_conversation(record))
-  return mark_conversation(record, ids, tokenizer, max_tokens)
-
-
-def join_conversation(record: GenerativeRecord) -> str:
-  """Formats a conversation or a plain text into one string."""
-  if record.plain:
-    return record.turns[0]
-  return ''.join(prefix + text for prefix, text in format_turns(record.turns))
+  ids, part = tokenizer.encode_parts(format_conversation(record, tokenizer))
+  return mark_conversation(ids, part, max_tokens)
 
 
 def mark_conversation(
-  record: GenerativeRecord,
-  ids: Sequence[int],
-  tokenizer: Tokenizer,
-  max_tokens: int,
+  ids: np.ndarray, part: np.ndarray, max_tokens: int
 ) -> Conversation:
   """Marks the answers in a tokenized conversation, and cuts it.
 
   Args:
-    record: The record.
-    ids: The ids of `join_conversation(record)`.
-    tokenizer: The tokenizer that gave the ids.
+    ids: int32 [T], the ids of what `format_conversation` gave.
+    part: int32 [T], the part of each token: odd for answers and plain text.
     max_tokens: Number of tokens to keep.
 
   Returns:
     The tokens.
   """
-  whole = np.array(ids, np.int32)
-  in_instruction = np.zeros(len(whole), bool)
-  if not record.plain:
-    in_instruction[:] = True
-    newline_ends = np.flatnonzero(whole == tokenizer.newline) + 1
-    eos_ends = np.flatnonzero(whole == tokenizer.eos) + 1
-    newlines = eos = 0
-    for prefix, answer in format_turns(record.turns):
-      newlines += prefix.count('\n')
-      start = newline_ends[newlines - 1]
-      newlines += answer.count('\n')
-      # A turn may itself contain the literal, which is then the token.
-      eos += prefix.count(EOS) + answer.count(EOS)
-      in_instruction[start : eos_ends[eos - 1]] = False
-  kept = whole[:max_tokens]
-  return mark_tokens(kept, in_instruction[:max_tokens], len(whole) - len(kept))
+  kept = ids[:max_tokens]
+  in_instruction = part[:max_tokens] % 2 == 0
+  return mark_tokens(kept, in_instruction, len(ids) - len(kept))
 
 
 def mark_tokens(

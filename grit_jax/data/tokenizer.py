@@ -1,73 +1,206 @@
-"""A sentencepiece model, read the way the base models were trained with it.
+"""Tokenizers, read the way the base models were trained with them.
 
-The special tokens `<s>`, `</s>` and `<unk>` count as such wherever their
-literals stand in a text, and everything between two of them is encoded by
-itself, with a dummy prefix of its own. sentencepiece alone would spell the
-literals out, and would give the dummy prefix to the first word only.
+There are two kinds. A sentencepiece model (`tokenizer.model`) is what the
+models of Mistral and Llama 2 come with; a `tokenizer.json` is what Llama 3 and
+most others come with, and the `tokenizers` library reads it.
+
+Both take the literals of special tokens in a text for the tokens, add nothing
+of their own, and say which tokens belong to which part of a text. That must
+come from the tokenizer: the string is tokenized as a whole, and a tokenizer
+may merge the end of one part with the start of the next.
 """
 
+import abc
+import bisect
 import hashlib
-import io
+import itertools
+import json
 import re
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import sentencepiece
+import tokenizers
 from etils import epath
 
+# The literals of a sentencepiece model; a `tokenizer.json` has its own.
 BOS = '<s>'
 EOS = '</s>'
 
-# Enough for 8192 pieces of source text or prose; a tokenizer for a larger
-# vocabulary comes with its base model and is not trained here.
-MAX_TRAINING_CHARACTERS = 6_000_000
-# So that one long document cannot be the whole sample.
-MAX_CHARACTERS_A_TEXT = 20_000
+SENTENCEPIECE_FILE = 'tokenizer.model'
+JSON_FILE = 'tokenizer.json'
+CONFIG_FILE = 'tokenizer_config.json'
+# Where older folders name the special tokens.
+SPECIAL_TOKENS_FILE = 'special_tokens_map.json'
+
+# What the prompt format is made of has to survive.
+_PROBE = 'a\n\n b\n'
 
 
 class TokenizerError(ValueError):
-  """A sentencepiece model that cannot be used, or not be trained."""
+  """A tokenizer that cannot be used, or not be trained."""
 
 
-class Tokenizer:
-  """Text to ids and back, by one sentencepiece model.
-
-  Encoding is exact where prompt formats need it: no piece holds a newline, so
-  every newline of a text is one token, `newline`, and the tokens of a prefix
-  that ends in a newline do not depend on what follows.
+class Tokenizer(abc.ABC):
+  """Text to ids and back.
 
   Attributes:
-    model_bytes: The serialized sentencepiece model.
-    vocab_size: Number of pieces V; ids are in [0, V).
-    bos: Id of `<s>`.
-    eos: Id of `</s>`.
-    unk: Id of the unknown token.
-    newline: Id of the token of a newline.
-    fingerprint: SHA-256 of `model_bytes` in hexadecimal.
+    files: The files that `make_tokenizer` builds it from again, by name.
+    fingerprint: SHA-256 of the files in hexadecimal.
+    vocab_size: 1 + the largest id V; ids are in [0, V).
+    bos: Id of the token that begins a text.
+    eos: Id of the token that ends one.
+    bos_piece: The literal of `bos`, such as `<s>` or `<|begin_of_text|>`.
+    eos_piece: The literal of `eos`.
+    unk: Id of the unknown token; None if there is none.
   """
 
-  def __init__(self, model_bytes: bytes, where: str = 'tokenizer'):
+  vocab_size: int
+  bos: int
+  eos: int
+  bos_piece: str
+  eos_piece: str
+  unk: int | None
+
+  def __init__(self, files: Mapping[str, bytes]):
+    """Keeps the files.
+
+    Args:
+      files: The files that the tokenizer is built from, by name.
+    """
+    self.files = dict(files)
+    content = b''.join(self.files[name] for name in sorted(self.files))
+    self.fingerprint = hashlib.sha256(content).hexdigest()
+
+  def __reduce__(self):
+    """Pickles the files."""
+    return make_tokenizer, (self.files, 'tokenizer')
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Encodes one text.
+
+    Args:
+      text: Any text; the literals of special tokens in it are those tokens.
+
+    Returns:
+      Its ids. Nothing is added: BOS stands where the text has its literal.
+    """
+
+  @abc.abstractmethod
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = -1
+  ) -> list[list[int]]:
+    """Encodes many texts in parallel.
+
+    Args:
+      texts: The texts.
+      num_threads: Threads to use; -1 for one a core.
+
+    Returns:
+      For each text what `encode` gives.
+    """
+
+  @abc.abstractmethod
+  def decode(self, ids: Sequence[int]) -> str:
+    """Decodes ids into text.
+
+    Args:
+      ids: Token ids, each in [0, V).
+
+    Returns:
+      The text; special tokens give nothing.
+    """
+
+  @abc.abstractmethod
+  def _encode_with_ends(
+    self, batch: Sequence[Sequence[str]]
+  ) -> list[tuple[np.ndarray, list[int]]]:
+    """Returns of each text the ids, and how many begin before each part's end.
+
+    The ids are int32 [T], and the last number is T.
+    """
+
+  def encode_parts_batch(
+    self, batch: Sequence[Sequence[str]]
+  ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Encodes texts that are given in parts, and says whose each token is.
+
+    What is tokenized is the parts joined, never a part by itself. A token
+    belongs to the part in which its first character lies. So one that reaches
+    over a boundary counts for the part before it, as in the reference, which
+    counts the tokens of what stands before the boundary.
+
+    Args:
+      batch: The parts of each text; a part may be empty.
+
+    Returns:
+      For each text the ids, int32 [T], which are those of the joined string,
+      and the number of the part of each token, int32 [T], never falling.
+
+    Raises:
+      ValueError: The tokenizer cannot tell where a part ends; see
+        `SentencePieceTokenizer`.
+    """
+    encoded = []
+    for parts, (ids, ends) in zip(
+      batch, self._encode_with_ends(batch), strict=True
+    ):
+      numbers = np.arange(len(parts), dtype=np.int32)
+      encoded.append((ids, np.repeat(numbers, np.diff([0, *ends]))))
+    return encoded
+
+  def encode_parts(self, parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes one text that is given in parts; see `encode_parts_batch`.
+
+    Args:
+      parts: The parts.
+
+    Returns:
+      The ids, int32 [T], and the number of each token's part, int32 [T].
+    """
+    return self.encode_parts_batch([parts])[0]
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A sentencepiece model.
+
+  The special tokens `<s>`, `</s>` and `<unk>` count as such wherever their
+  literals stand in a text, and everything between two of them is encoded by
+  itself, with a dummy prefix of its own. sentencepiece alone would spell the
+  literals out, and would give the dummy prefix to the first word only.
+
+  No piece holds a newline, so every newline of a text is one token. That is
+  how the parts of a text are told apart, without the positions of tokens:
+  every part but the last has to be empty or end in a newline or in `</s>`. The
+  token of a dummy prefix belongs to the part after the `</s>`.
+
+  Attributes:
+    newline: Id of the token of a newline.
+  """
+
+  def __init__(self, model: bytes, where: str = 'tokenizer'):
     """Builds the tokenizer.
 
     Args:
-      model_bytes: A serialized sentencepiece model.
-      where: What to call the model in error messages, such as its path.
+      model: A serialized sentencepiece model.
+      where: What to call it in error messages, such as its path.
 
     Raises:
-      ValueError: The bytes are no sentencepiece model, or one that the prompt
-        format cannot be written in.
+      TokenizerError: The bytes are no sentencepiece model, or one that the
+        prompt format cannot be written in.
     """
+    super().__init__({SENTENCEPIECE_FILE: model})
     processor = sentencepiece.SentencePieceProcessor()
     try:
-      processor.LoadFromSerializedProto(model_bytes)
+      processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
       raise TokenizerError(f'{where}: not a sentencepiece model') from error
-    self.model_bytes = model_bytes
     self.vocab_size = processor.get_piece_size()
-    self.bos = processor.bos_id()
-    self.eos = processor.eos_id()
+    self.bos, self.bos_piece = processor.bos_id(), BOS
+    self.eos, self.eos_piece = processor.eos_id(), EOS
     self.unk = processor.unk_id()
-    self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
     self._processor = processor
     pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
     for name, literal, index in ('bos', BOS, self.bos), ('eos', EOS, self.eos):
@@ -75,8 +208,8 @@ class Tokenizer:
         raise TokenizerError(f'{where}: the model has no {name} token')
       if pieces[index] != literal:
         raise TokenizerError(
-          f'{where}: the {name} token is {pieces[index]!r}, but the prompt '
-          f'format writes {literal!r}'
+          f'{where}: the {name} token is {pieces[index]!r}, expected '
+          f'{literal!r} of a sentencepiece model'
         )
     for index, piece in enumerate(pieces):
       if '\n' in piece:
@@ -90,42 +223,14 @@ class Tokenizer:
       '(' + '|'.join(re.escape(literal) for literal in self._literals) + ')'
     )
     self.newline = processor.piece_to_id('<0x0A>')
-    text = 'a\n\n b\n'
-    if self.decode(self.encode(text)) != text:
+    if self.decode(self.encode(_PROBE)) != _PROBE:
       raise TokenizerError(
         f'{where}: the model does not keep newlines (by byte fallback, without '
         'normalisation), which the prompt format is made of'
       )
 
-  @classmethod
-  def load(cls, path: epath.PathLike) -> 'Tokenizer':
-    """Reads a `tokenizer.model` file.
-
-    Args:
-      path: The file, local or gs://.
-
-    Returns:
-      The tokenizer.
-
-    Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: It holds no usable sentencepiece model.
-    """
-    return cls(epath.Path(path).read_bytes(), where=str(path))
-
-  def __reduce__(self):
-    """Pickles the model's bytes."""
-    return (type(self), (self.model_bytes,))
-
   def encode(self, text: str) -> list[int]:
-    """Encodes one text.
-
-    Args:
-      text: Any text; `<s>`, `</s>` and `<unk>` in it are special tokens.
-
-    Returns:
-      Its ids. Nothing is added: BOS stands where the text says `<s>`.
-    """
+    """See the base class."""
     ids = []
     for piece in self._splitter.split(text):
       if piece in self._literals:
@@ -137,15 +242,7 @@ class Tokenizer:
   def encode_batch(
     self, texts: Sequence[str], num_threads: int = -1
   ) -> list[list[int]]:
-    """Encodes many texts in parallel.
-
-    Args:
-      texts: The texts.
-      num_threads: Threads to use; -1 for one a core.
-
-    Returns:
-      For each text what `encode` gives.
-    """
+    """See the base class."""
     split = [self._splitter.split(text) for text in texts]
     plain = [
       piece
@@ -166,88 +263,264 @@ class Tokenizer:
     return batch
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Decodes ids into text.
+    """See the base class; a blank at the very start, too, gives nothing.
 
-    Args:
-      ids: Token ids, each in [0, V).
-
-    Returns:
-      The text. `<s>` and `</s>` give nothing, and a blank at the very start,
-      which the dummy prefix looks like, is dropped.
+    The dummy prefix looks like one.
     """
     return self._processor.decode([int(i) for i in ids])
 
+  def can_write(self, piece: str) -> bool:
+    """Says whether a text that holds `piece` is encoded to its token.
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-  """Trains a byte-pair encoding with Mistral's settings on the texts.
+    Args:
+      piece: The literal of a token.
 
-  The texts are read once. About `MAX_TRAINING_CHARACTERS` of them are used,
-  chosen by their content: the same texts give the same model.
+    Returns:
+      Whether it is `<s>`, `</s>`, `<unk>` or in the vocabulary; control tokens
+      other than these are spelled out.
+    """
+    index = self._processor.piece_to_id(piece)
+    return piece in self._literals or not (
+      self._processor.is_unknown(index) or self._processor.is_control(index)
+    )
+
+  def _encode_with_ends(
+    self, batch: Sequence[Sequence[str]]
+  ) -> list[tuple[np.ndarray, list[int]]]:
+    encoded = []
+    texts = [''.join(parts) for parts in batch]
+    for parts, ids in zip(batch, self.encode_batch(texts), strict=True):
+      array = np.array(ids, np.int32)
+      encoded.append((array, self._find_ends(parts, array)))
+    return encoded
+
+  def _find_ends(self, parts: Sequence[str], ids: np.ndarray) -> list[int]:
+    newline_ends = np.flatnonzero(ids == self.newline) + 1
+    eos_ends = np.flatnonzero(ids == self.eos) + 1
+    ends: list[int] = []
+    newlines = eos = 0
+    for part in parts[:-1]:
+      newlines += part.count('\n')
+      # The data may itself contain the literal, which is then the token.
+      eos += part.count(EOS)
+      if part.endswith('\n'):
+        ends.append(int(newline_ends[newlines - 1]))
+      elif part.endswith(EOS):
+        ends.append(int(eos_ends[eos - 1]))
+      elif not part:
+        ends.append(ends[-1] if ends else 0)
+      else:
+        raise ValueError(
+          f'the part {part[-20:]!r} ends neither in a newline nor in {EOS!r}'
+        )
+    return [*ends, len(ids)] if parts else ends
+
+
+class JsonTokenizer(Tokenizer):
+  """A `tokenizer.json`, read by the `tokenizers` library.
+
+  The parts of a text are told apart by the positions of tokens. Where several
+  tokens share a character, as the bytes of one do, all begin at it.
+  """
+
+  def __init__(self, files: Mapping[str, bytes], where: str = 'tokenizer'):
+    """Builds the tokenizer.
+
+    Args:
+      files: `tokenizer.json`, and `tokenizer_config.json` or
+        `special_tokens_map.json`, which say what BOS and EOS are. Of these two
+        only that much is kept.
+      where: What to call it in error messages, such as its path.
+
+    Raises:
+      TokenizerError: `tokenizer.json` is no tokenizer, or one that the prompt
+        format cannot be written in; or BOS or EOS is missing.
+    """
+    special = _read_special_tokens(files, where)
+    config = json.dumps(special, indent=2, sort_keys=True).encode()
+    super().__init__({JSON_FILE: files[JSON_FILE], CONFIG_FILE: config})
+    self._tokenizer = _parse_tokenizer(files[JSON_FILE], where)
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    # Besides the special tokens that it would add, which are not wanted, it
+    # takes the leading blanks of tokens out of their positions.
+    self._tokenizer.post_processor = tokenizers.processors.Sequence([])
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.bos_piece, self.eos_piece = special['bos_token'], special['eos_token']
+    for name, piece in ('bos', self.bos_piece), ('eos', self.eos_piece):
+      if piece not in vocabulary:
+        raise TokenizerError(
+          f'{where}: the {name} token {piece!r} is not in the vocabulary'
+        )
+      index = vocabulary[piece]
+      if index not in self.encode(f'a{piece}b') or self.decode([index]):
+        raise TokenizerError(
+          f'{where}: the {name} token {piece!r} is not found wherever a text '
+          'has it and left out when decoding, as special tokens are'
+        )
+    self.bos = vocabulary[self.bos_piece]
+    self.eos = vocabulary[self.eos_piece]
+    self.unk = vocabulary.get(special.get('unk_token'))
+    self.vocab_size = 1 + max(vocabulary.values())
+    found = self.decode(self.encode(_PROBE))
+    if found != _PROBE:
+      raise TokenizerError(
+        f'{where}: {_PROBE!r} comes back as {found!r}; the prompt format needs '
+        'newlines and blanks to be kept'
+      )
+
+  def encode(self, text: str) -> list[int]:
+    """See the base class."""
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = -1
+  ) -> list[list[int]]:
+    """See the base class; other than 1 thread is as many as the library has."""
+    if num_threads == 1:
+      return [self.encode(text) for text in texts]
+    encoded = self._tokenizer.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encoded]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See the base class."""
+    return self._tokenizer.decode(
+      [int(i) for i in ids], skip_special_tokens=True
+    )
+
+  def _encode_with_ends(
+    self, batch: Sequence[Sequence[str]]
+  ) -> list[tuple[np.ndarray, list[int]]]:
+    encoded = []
+    texts = [''.join(parts) for parts in batch]
+    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    for parts, encoding in zip(batch, encodings, strict=True):
+      # Pairs of the first character and the one after the last, in order.
+      offsets = encoding.offsets
+      ends = [
+        bisect.bisect_left(offsets, (end,))
+        for end in itertools.accumulate(map(len, parts))
+      ]
+      # Also where a token stands for no character, behind the last one.
+      ends[-1:] = [len(offsets)] if parts else []
+      encoded.append((np.array(encoding.ids, np.int32), ends))
+    return encoded
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+  """Reads the tokenizer of a base model.
 
   Args:
-    texts: Texts of the data the tokenizer is for.
-    vocab_size: Number of pieces V, of which 259 are special and byte pieces.
+    path: A sentencepiece model, a `tokenizer.json`, beside which
+      `tokenizer_config.json` lies, or a folder as Hugging Face publishes it;
+      local or gs://. Of a folder that has both, the sentencepiece model is
+      taken, unless it cannot be used or `tokenizer.json` has more tokens.
 
   Returns:
-    A serialized sentencepiece model for `Tokenizer`.
+    The tokenizer.
 
   Raises:
-    ValueError: The texts cannot give that many pieces.
+    FileNotFoundError: There is no such file or folder.
+    TokenizerError: There is no usable tokenizer.
   """
-  # A newline must not get into a piece: see Tokenizer.
-  lines = (
-    line for text in _sample_texts(texts) for line in text.split('\n') if line
+  path = epath.Path(path)
+  if path.is_dir():
+    return _load_folder(path)
+  if path.suffix == '.json':
+    return _load_json(path)
+  return SentencePieceTokenizer(path.read_bytes(), str(path))
+
+
+def make_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer:
+  """Builds a tokenizer from the contents of its files.
+
+  Args:
+    files: What `Tokenizer.files` holds.
+    where: What to call it in error messages.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    TokenizerError: The files are no usable tokenizer.
+  """
+  if SENTENCEPIECE_FILE in files:
+    return SentencePieceTokenizer(files[SENTENCEPIECE_FILE], where)
+  if JSON_FILE in files:
+    return JsonTokenizer(files, where)
+  raise TokenizerError(
+    f'{where}: found {sorted(files)}, expected {SENTENCEPIECE_FILE} or '
+    f'{JSON_FILE}'
   )
-  model = io.BytesIO()
+
+
+def _load_folder(folder: epath.Path) -> Tokenizer:
+  model, json_file = folder / SENTENCEPIECE_FILE, folder / JSON_FILE
+  if not model.exists():
+    if not json_file.exists():
+      raise TokenizerError(
+        f'{folder}: no tokenizer; looked for {SENTENCEPIECE_FILE} and '
+        f'{JSON_FILE}'
+      )
+    return _load_json(json_file)
+  if not json_file.exists():
+    return load_tokenizer(model)
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=lines,
-      model_writer=model,
-      model_type='bpe',
-      vocab_size=vocab_size,
-      byte_fallback=True,
-      normalization_rule_name='identity',
-      add_dummy_prefix=True,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      split_digits=True,
-      unk_id=0,
-      bos_id=1,
-      eos_id=2,
-      pad_id=-1,
-      unk_piece='<unk>',
-      bos_piece=BOS,
-      eos_piece=EOS,
-      max_sentence_length=4 * MAX_CHARACTERS_A_TEXT,  # in bytes; else skipped
-      minloglevel=3,
-    )
-  except RuntimeError as error:
-    # sentencepiece's message begins with its own file, line and condition.
-    reason = str(error).rpartition('] ')[2] or 'there is no text'
-    raise TokenizerError(
-      f'no tokenizer of {vocab_size} pieces can be trained on these texts: '
-      f'{reason}'
-    ) from error
-  return model.getvalue()
+    tokenizer = load_tokenizer(model)
+  except TokenizerError:
+    # As of Llama 3, whose file of that name is of another format.
+    return _load_json(json_file)
+  published = _parse_tokenizer(json_file.read_bytes(), str(json_file))
+  added = published.get_added_tokens_decoder().values()
+  if all(tokenizer.can_write(token.content) for token in added):
+    return tokenizer
+  return _load_json(json_file)
 
 
-def _sample_texts(texts: Iterable[str]) -> list[str]:
-  """Keeps the texts whose hash is lowest, as many as the limit allows.
+def _load_json(path: epath.Path) -> JsonTokenizer:
+  files = {JSON_FILE: path.read_bytes()}
+  for name in CONFIG_FILE, SPECIAL_TOKENS_FILE:
+    if (path.parent / name).exists():
+      files[name] = (path.parent / name).read_bytes()
+  return JsonTokenizer(files, str(path))
 
-  A threshold on the hash that is halved whenever the sample overflows makes
-  this one pass in bounded memory, independent of the texts' order.
-  """
-  threshold = 1 << 32
-  sample: list[tuple[int, str]] = []
-  characters = 0
-  for text in texts:
-    text = text[:MAX_CHARACTERS_A_TEXT]
-    value = zlib.crc32(text.encode())
-    if value < threshold:
-      sample.append((value, text))
-      characters += len(text)
-    while characters > MAX_TRAINING_CHARACTERS:
-      threshold //= 2
-      sample = [item for item in sample if item[0] < threshold]
-      characters = sum(len(text) for _, text in sample)
-  return [text for _, text in sample]
+
+def _read_special_tokens(
+  files: Mapping[str, bytes], where: str
+) -> dict[str, str]:
+  """Returns the literals of bos_token, eos_token and, if any, unk_token."""
+  found = {}
+  for name in SPECIAL_TOKENS_FILE, CONFIG_FILE:
+    if name in files:
+      fields = _parse_object(files[name], f'{where}: {name}')
+      for key in 'bos_token', 'eos_token', 'unk_token':
+        token = fields.get(key)
+        literal = token.get('content') if isinstance(token, dict) else token
+        if isinstance(literal, str):
+          found[key] = literal
+  for name in 'bos', 'eos':
+    if f'{name}_token' not in found:
+      raise TokenizerError(
+        f'{where}: neither {CONFIG_FILE} nor {SPECIAL_TOKENS_FILE} beside it '
+        f'names a {name} token'
+      )
+  return found
+
+
+def _parse_tokenizer(data: bytes, where: str) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer.from_buffer(data)
+  except Exception as error:  # The library raises nothing narrower.
+    raise TokenizerError(f'{where}: not a tokenizer.json: {error}') from error
+
+
+def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+  try:
+    fields = json.loads(data)
+  except ValueError as error:
+    raise TokenizerError(f'{where}: not JSON: {error}') from error
+  if not isinstance(fields, dict):
+    raise TokenizerError(f'{where}: not a JSON object')
+  return fields

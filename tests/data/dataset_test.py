@@ -16,7 +16,8 @@ from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
 from grit_jax.data.examples import NO_ANSWER
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource
-from grit_jax.data.tokenizer import Tokenizer, train_tokenizer
+from grit_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from grit_jax.data.tokenizer_training import train_tokenizer
 
 LIMITS = dict(
   max_query_tokens=24,
@@ -79,13 +80,13 @@ def prepare(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> Callable:
 def count_encoded(monkeypatch) -> list[int]:
   """Collects the sizes of the batches that are tokenized."""
   sizes: list[int] = []
-  encode_batch = Tokenizer.encode_batch
+  encode_batch = SentencePieceTokenizer.encode_batch
 
   def count(self, texts, num_threads=-1):
     sizes.append(len(texts))
     return encode_batch(self, texts, num_threads)
 
-  monkeypatch.setattr(Tokenizer, 'encode_batch', count)
+  monkeypatch.setattr(SentencePieceTokenizer, 'encode_batch', count)
   return sizes
 
 
@@ -147,6 +148,27 @@ def test_shards_and_batches_keep_the_order(prepare, tmp_path, monkeypatch):
   assert [text[1].ids.tolist() for text in a] == [
     text[1].ids.tolist() for text in b
   ]
+
+
+def test_marks_of_a_json_tokenizer_read_back(prepare, tmp_path, llama3):
+  lines = make_embedding_records(20)
+  for i, line in enumerate(lines):
+    line['pos'][0][1] = '\n' * (i % 4) + line['pos'][0][1]
+  source = write_source(tmp_path / 'a.jsonl', lines)
+  data = prepare(source, tokenizer=llama3, max_query_tokens=60)
+  for i, texts in enumerate(data.read(range(20))):
+    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    for j, (text, read) in enumerate(zip(record.texts, texts, strict=True)):
+      expected = formats.encode_embedding(text, llama3, 32 if j else 60)
+      assert read.ids.tolist() == expected.ids.tolist()
+      assert read.instruction_length == expected.instruction_length
+  source = write_source(tmp_path / 'b.jsonl', make_conversations(20))
+  data = prepare(source, tokenizer=llama3)
+  for i, read in enumerate(data.read(range(20))):
+    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    expected = formats.encode_conversation(record, llama3, 64)
+    assert read.ids.tolist() == expected.ids.tolist()
+    assert read.in_loss.tolist() == expected.in_loss.tolist()
 
 
 def test_the_report_counts_what_was_cut(prepare, tmp_path, tokenizer):
@@ -214,7 +236,9 @@ def test_what_changes_the_tokens_makes_a_new_data_set(
   prepare(source, max_query_tokens=60)
   prepare(source, max_query_tokens=61)
   prepare(source, max_query_tokens=60, max_passage_tokens=20)
-  other = Tokenizer(train_tokenizer(['some other text ' * 20], 280))
+  other = SentencePieceTokenizer(
+    train_tokenizer(['some other text ' * 20], 280)
+  )
   prepare(source, max_query_tokens=60, tokenizer=other)
   prepare(source, max_query_tokens=60, held_out_fraction=0.1)
   prepare(write_embedding(tmp_path, 21), max_query_tokens=60)
@@ -227,7 +251,7 @@ def test_an_interrupted_preparation_leaves_nothing(
 ):
   monkeypatch.setattr(dataset, '_BATCH_RECORDS', 3)
   source = write_embedding(tmp_path)
-  encode_batch = Tokenizer.encode_batch
+  encode_batch = SentencePieceTokenizer.encode_batch
 
   def interrupt(self, texts, num_threads=-1):
     if any('query 9' in text for text in texts):
@@ -235,7 +259,7 @@ def test_an_interrupted_preparation_leaves_nothing(
     return encode_batch(self, texts, num_threads)
 
   with monkeypatch.context() as context:
-    context.setattr(Tokenizer, 'encode_batch', interrupt)
+    context.setattr(SentencePieceTokenizer, 'encode_batch', interrupt)
     with pytest.raises(KeyboardInterrupt):
       prepare(source)
   assert list_folders(tmp_path / 'prepared') == []
@@ -341,7 +365,7 @@ import sys
 from grit_jax.data import dataset, sources, tokenizer
 (source,) = sources.sources({str(tmp_path / 'a.jsonl')!r})
 data = dataset.prepare(
-  source, "train", tokenizer.Tokenizer.load({str(tmp_path)!r} +
+  source, "train", tokenizer.load_tokenizer({str(tmp_path)!r} +
   "/tokenizer.model"), {str(tmp_path / 'prepared')!r}, **{LIMITS!r}
 )
 assert len(data.read([0, 1])) == 2

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from grit_jax.data.records import GenerativeRecord, Text
 from grit_jax.data.tokenizer import Tokenizer
 
 LIMIT = 10_000
+# Of the tokenizer of Llama 3's form.
+BOS, EOS = '<|begin_of_text|>', '<|end_of_text|>'
 
 
 @pytest.fixture(scope='module')
@@ -37,6 +40,7 @@ def write_conversation(turns: list[str]) -> str:
 def make_conversations(count: int) -> list[tuple[str, ...]]:
   atoms = ['<s>', '</s>', '<unk>', '<|user|>', '<|assistant|>', '</s']
   atoms += ['s>', '<', 'hello', ' world', '\n', '\n\n', '  ', 'é', '日本', '1']
+  atoms += [BOS, EOS, EOS[:-2], '|>', '🙂', '\r\n']
   rng = random.Random(1)
 
   def write(i: int) -> str:
@@ -79,20 +83,27 @@ def find_answers(
   return ids, in_loss
 
 
-def test_an_embedding_text_is_written_like_the_reference_does():
-  prefix, body = formats.format_embedding(Text(': Find it:\t\n ', ' a text\n'))
+def test_an_embedding_text_is_written_like_the_reference_does(
+  tokenizer: Tokenizer,
+):
+  text = Text(': Find it:\t\n ', ' a text\n')
+  prefix, body = formats.format_embedding(text, tokenizer)
   assert prefix + body == write_embedding('Find it', ' a text\n')
   assert body == ' a text\n'
 
 
 @pytest.mark.parametrize('instruction', ['', ' :\n\t '])
-def test_a_text_without_an_instruction_has_no_user_turn(instruction: str):
-  prefix, body = formats.format_embedding(Text(instruction, 'a text'))
+def test_a_text_without_an_instruction_has_no_user_turn(
+  tokenizer: Tokenizer, instruction: str
+):
+  text = Text(instruction, 'a text')
+  prefix, body = formats.format_embedding(text, tokenizer)
   assert prefix + body == '<s><|embed|>\na text'
 
 
 def test_a_plain_string_is_its_own_prompt(tokenizer: Tokenizer):
-  assert formats.format_embedding(Text(None, 'a text')) == ('', 'a text')
+  text = Text(None, 'a text')
+  assert formats.format_embedding(text, tokenizer) == ('', 'a text')
   text = formats.encode_embedding(Text(None, '<s>a text'), tokenizer, LIMIT)
   assert text.ids.tolist() == tokenizer.encode('<s>a text')
   assert text.instruction_length == 0
@@ -105,7 +116,7 @@ def test_a_plain_string_is_its_own_prompt(tokenizer: Tokenizer):
 def test_the_instruction_ends_where_its_prefix_alone_does(
   tokenizer: Tokenizer, instruction: str, body: str
 ):
-  prefix, _ = formats.format_embedding(Text(instruction, body))
+  prefix, _ = formats.format_embedding(Text(instruction, body), tokenizer)
   text = formats.encode_embedding(Text(instruction, body), tokenizer, LIMIT)
   assert text.ids.tolist() == tokenizer.encode(prefix + body)
   assert text.instruction_length == len(tokenizer.encode(prefix))
@@ -122,7 +133,8 @@ def test_a_text_is_cut_at_its_end(tokenizer: Tokenizer):
 
 
 def test_an_instruction_that_leaves_no_room_is_refused(tokenizer: Tokenizer):
-  length = len(tokenizer.encode(formats.format_embedding_prefix('some thing')))
+  prefix = formats.format_embedding_prefix('some thing', tokenizer)
+  length = len(tokenizer.encode(prefix))
   with pytest.raises(FormatError, match=f'takes {length} .* the {length} all'):
     formats.encode_embedding(Text('some thing', 't'), tokenizer, length)
   formats.encode_embedding(Text('some thing', 't'), tokenizer, length + 1)
@@ -134,7 +146,8 @@ def test_a_conversation_is_written_like_the_reference_does(
   turns = [' a user\n', '\n an answer ', 'again', 'yes\nor no']
   record = GenerativeRecord(tuple(turns))
   joined = write_conversation(turns)
-  assert formats.join_conversation(record) == joined
+  parts = formats.format_conversation(record, tokenizer)
+  assert ''.join(parts) == joined
   conversation = formats.encode_conversation(record, tokenizer, LIMIT)
   assert conversation.ids.tolist() == tokenizer.encode(joined)
 
@@ -200,13 +213,134 @@ def test_a_chat_prompt_is_how_training_leads_up_to_the_answer(
   tokenizer: Tokenizer,
 ):
   turns = ('one', ' two ', 'three', 'four')
-  prompt = tokenizer.encode(formats.format_chat_prompt(turns[:3]))
-  whole = tokenizer.encode(formats.join_conversation(GenerativeRecord(turns)))
+  prompt = tokenizer.encode(formats.format_chat_prompt(turns[:3], tokenizer))
+  parts = formats.format_conversation(GenerativeRecord(turns), tokenizer)
+  whole = tokenizer.encode(''.join(parts))
   assert whole == prompt + whole[len(prompt) :]
   assert tokenizer.decode(whole[len(prompt) :]) == 'four'
 
 
 @pytest.mark.parametrize('turns', [[], ['user', 'assistant']])
-def test_a_chat_prompt_ends_with_the_user(turns: list[str]):
+def test_a_chat_prompt_ends_with_the_user(
+  tokenizer: Tokenizer, turns: list[str]
+):
   with pytest.raises(ValueError, match=f'found {len(turns)} turns'):
-    formats.format_chat_prompt(turns)
+    formats.format_chat_prompt(turns, tokenizer)
+
+
+# A byte-level tokenizer, which merges newlines with their neighbours.
+
+
+def find_marks(
+  prompt: bytes,
+  marked: Collection[int],
+  ids: np.ndarray,
+  token_bytes: dict[int, bytes],
+) -> list[bool]:
+  """Whether each token's first byte is marked: the slow way, by decoding."""
+  found, start = [], 0
+  for index in ids.tolist():
+    found.append(start in marked)
+    assert prompt.startswith(token_bytes[index], start)
+    start += len(token_bytes[index])
+  assert start == len(prompt)
+  return found
+
+
+INSTRUCTIONS = ['Find it', '', 'a\n\nb', f'{EOS}\n{BOS}', '日\n本|>']
+BODIES = ['text', ' text', '\n\ntext', '\n \n  text', '  \ntext', '\r\ntext']
+BODIES += ['\ttext', '🙂', EOS, f' {EOS}', '|>text', '\n\n\n🙂\n\n', '\u2028a']
+
+
+@pytest.mark.parametrize('instruction', INSTRUCTIONS)
+@pytest.mark.parametrize('body', BODIES)
+def test_a_token_belongs_to_the_instruction_if_it_begins_there(
+  llama3: Tokenizer,
+  llama3_bytes: dict[int, bytes],
+  instruction: str,
+  body: str,
+):
+  middle = f'<|user|>\n{instruction}\n' if instruction else ''
+  prefix = f'{BOS}{middle}<|embed|>\n'.encode()
+  text = formats.encode_embedding(Text(instruction, body), llama3, LIMIT)
+  expected = find_marks(
+    prefix + body.encode(), range(len(prefix)), text.ids, llama3_bytes
+  )
+  assert text.in_instruction.tolist() == expected
+  assert (text.ids.dtype, text.cut) == (np.int32, 0)
+
+
+def test_a_newline_may_merge_with_the_format(llama3: Tokenizer):
+  # Otherwise the test above would not show how such tokens are counted.
+  text = formats.encode_embedding(Text('', '\n\ntext'), llama3, LIMIT)
+  pooled = text.ids[text.instruction_length :]
+  assert llama3.decode(pooled) == 'text'
+  with pytest.raises(FormatError, match='leaves none of the 10000 allowed'):
+    formats.encode_embedding(Text('', '\n\n'), llama3, LIMIT)
+
+
+def test_the_loss_of_a_byte_level_tokenizer_covers_answers_with_their_ends(
+  llama3: Tokenizer, llama3_bytes: dict[int, bytes]
+):
+  for turns in make_conversations(600):
+    prompt, answer_bytes = BOS.encode(), set()
+    for i in range(0, len(turns), 2):
+      prompt += b'\n' if i else b''
+      prompt += f'<|user|>\n{turns[i]}\n<|assistant|>\n'.encode()
+      start = len(prompt)
+      prompt += f'{turns[i + 1].strip()}{EOS}'.encode()
+      answer_bytes.update(range(start, len(prompt)))
+    conversation = formats.encode_conversation(
+      GenerativeRecord(turns), llama3, LIMIT
+    )
+    expected = find_marks(prompt, answer_bytes, conversation.ids, llama3_bytes)
+    assert conversation.in_loss.tolist() == expected
+    assert (conversation.in_instruction == ~conversation.in_loss).all()
+    assert conversation.ids.tolist() == llama3.encode(prompt.decode())
+
+
+def test_empty_turns_have_their_ends_alone_in_the_loss(
+  tokenizer: Tokenizer, llama3: Tokenizer
+):
+  record = GenerativeRecord(('', '', '\n\n', ' \n '))
+  for each in tokenizer, llama3:
+    conversation = formats.encode_conversation(record, each, LIMIT)
+    in_loss = conversation.ids[conversation.in_loss]
+    assert in_loss.tolist() == [each.eos, each.eos]
+
+
+def test_a_byte_level_prompt_is_cut_with_its_marks(llama3: Tokenizer):
+  record = GenerativeRecord(('a\n\n', 'one 🙂\n\ntwo', '\nb', 'yes'))
+  whole = formats.encode_conversation(record, llama3, LIMIT)
+  for limit in range(1, len(whole.ids) + 2):
+    part = formats.encode_conversation(record, llama3, limit)
+    for field in 'ids', 'in_loss', 'in_instruction':
+      expected = getattr(whole, field)[:limit]
+      assert getattr(part, field).tolist() == expected.tolist()
+    assert part.cut == len(whole.ids) - len(part.ids)
+  whole = formats.encode_embedding(Text('Find', '\n🙂 it'), llama3, LIMIT)
+  for limit in range(whole.instruction_length + 1, len(whole.ids) + 1):
+    text = formats.encode_embedding(Text('Find', '\n🙂 it'), llama3, limit)
+    assert text.ids.tolist() == whole.ids[:limit].tolist()
+    assert text.instruction_length == whole.instruction_length
+    assert text.cut == len(whole.ids) - limit
+
+
+def test_a_plain_text_of_any_tokenizer_is_its_own_prompt(llama3: Tokenizer):
+  for text in '\n\nsome text', f'{BOS}some text{EOS}':
+    record = GenerativeRecord((text,), plain=True)
+    conversation = formats.encode_conversation(record, llama3, LIMIT)
+    assert conversation.ids.tolist() == llama3.encode(text)
+    assert conversation.in_loss[1:].all() and not conversation.in_loss[0]
+    assert not conversation.in_instruction.any()
+    embedding = formats.encode_embedding(Text(None, text), llama3, LIMIT)
+    assert embedding.ids.tolist() == llama3.encode(text)
+    assert embedding.instruction_length == 0
+
+
+def test_a_chat_prompt_has_the_literals_of_its_tokenizer(llama3: Tokenizer):
+  prompt = formats.format_chat_prompt(['one', ' two ', 'three'], llama3)
+  assert prompt == (
+    f'{BOS}<|user|>\none\n<|assistant|>\ntwo{EOS}\n<|user|>\nthree\n'
+    '<|assistant|>\n'
+  )

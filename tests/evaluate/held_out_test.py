@@ -15,7 +15,8 @@ from grit_jax.batch import Rows
 from grit_jax.config import Config, DataConfig, EvaluationConfig
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
 from grit_jax.data.sources import TRAIN, sources
-from grit_jax.data.tokenizer import Tokenizer, train_tokenizer
+from grit_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.models import presets
 from grit_jax.models.attention import Kind
@@ -77,7 +78,7 @@ def data(tmp_path_factory) -> Data:
     lines = [json.dumps(record) + '\n' for record in found]
     (folder / f'{name}.jsonl').write_text(''.join(lines))
   texts = [' '.join(rng.permutation(WORDS)) for _ in range(50)]
-  tokenizer = Tokenizer(train_tokenizer(texts, 300))
+  tokenizer = SentencePieceTokenizer(train_tokenizer(texts, 300))
   made = [
     prepare(
       source,
