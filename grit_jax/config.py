@@ -42,18 +42,58 @@ def _check_positive(group: str, config: Any, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class RotaryScalingConfig:
+  """How rotary frequencies are scaled to longer texts than pretraining's."""
+
+  # none; linear: all are divided by `factor` (arXiv 2306.15595). llama3: those
+  # that turn less than `low_frequency_factor` times in `original_positions`
+  # are, those that turn more than `high_frequency_factor` times are not, and
+  # those between are blended (Llama 3.1, arXiv 2407.21783).
+  kind: str = 'none'
+  factor: float = 1.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_positions: int = 8192
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    group = 'model.rotary_scaling'
+    _check_choice(f'{group}.kind', self.kind, ('none', 'linear', 'llama3'))
+    _check(
+      self.factor >= 1, f'{group}.factor={self.factor} must be 1 or greater.'
+    )
+    _check_positive(group, self, 'low_frequency_factor', 'original_positions')
+    _check(
+      self.high_frequency_factor > self.low_frequency_factor,
+      f'{group}.high_frequency_factor={self.high_frequency_factor} must be '
+      f'greater than low_frequency_factor={self.low_frequency_factor}.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The decoder: Mistral's, or Llama's with `sliding_window=0`."""
+  """The decoder: Mistral's, Mixtral's with experts, or Llama's."""
+
+  # mistral or llama: the name that exports bear. The decoder is the same, but
+  # rotary scaling is Llama's alone, and experts and a window are Mistral's.
+  family: str = 'mistral'
 
   # Token ids; 0: the tokenizer's.
   vocab_size: int = 32000
+  # 0: this and all the fields of `ARCHITECTURE` are those of `init_from`.
   embed_dim: int = 4096
   num_layers: int = 32
   num_heads: int = 32
   num_kv_heads: int = 8
   head_dim: int = 128
   mlp_dim: int = 14336
+  # Mixtral's experts a layer, each an MLP of `mlp_dim`; 0: one MLP for all.
+  num_experts: int = 0
+  experts_per_token: int = 2
   rope_theta: float = 10000.0
+  rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
+  # Positions that a text can have; exports state it.
+  max_positions: int = 32768
   norm_epsilon: float = 1e-5
   # A token sees the tokens less than this far away; 0: the whole segment. The
   # reference trains Mistral without its window, and so do the recipes.
@@ -71,28 +111,7 @@ class ModelConfig:
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_positive(
-      'model', self, 'embed_dim', 'num_layers', 'num_heads',
-      'num_kv_heads', 'head_dim', 'mlp_dim', 'rope_theta', 'norm_epsilon',
-    )  # fmt: skip
-    _check(
-      self.vocab_size >= 0,
-      f"model.vocab_size={self.vocab_size} is negative; 0 is the tokenizer's.",
-    )
-    _check(
-      self.num_heads % self.num_kv_heads == 0,
-      f'model.num_heads={self.num_heads} is not a multiple of '
-      f'model.num_kv_heads={self.num_kv_heads}.',
-    )
-    _check(
-      self.head_dim % 2 == 0,
-      f'model.head_dim={self.head_dim} must be even: rotary positions turn '
-      'pairs of features.',
-    )
-    _check(
-      self.sliding_window >= 0,
-      f'model.sliding_window={self.sliding_window} is negative; 0 is off.',
-    )
+    self._validate_architecture()
     if len(self.attention) == 4 and self.attention[3] == 'b':
       raise ConfigError(
         f'model.attention={self.attention!r}: the fourth letter is the '
@@ -110,10 +129,77 @@ class ModelConfig:
       'model.param_dtype', self.param_dtype, ('float32', 'bfloat16')
     )
 
+  def _validate_architecture(self) -> None:
+    _check(
+      self.vocab_size >= 0,
+      f"model.vocab_size={self.vocab_size} is negative; 0 is the tokenizer's.",
+    )
+    if not self.embed_dim:
+      for name in ARCHITECTURE:
+        value, default = getattr(self, name), getattr(ModelConfig, name)
+        _check(
+          value == default or name in ('vocab_size', 'embed_dim'),
+          f'model.{name}={value!r} is set, but model.embed_dim=0 takes it from '
+          'init_from. Set all of the architecture, or nothing of it.',
+        )
+      return
+    _check_positive(
+      'model', self, 'embed_dim', 'num_layers', 'num_heads',
+      'num_kv_heads', 'head_dim', 'mlp_dim', 'rope_theta', 'max_positions',
+      'norm_epsilon',
+    )  # fmt: skip
+    self.rotary_scaling.validate()
+    _check_choice('model.family', self.family, ('mistral', 'llama'))
+    scaling = self.rotary_scaling.kind
+    for key, value, family in (
+      ('rotary_scaling.kind', scaling if scaling != 'none' else '', 'llama'),
+      ('num_experts', self.num_experts, 'mistral'),
+      ('sliding_window', self.sliding_window, 'mistral'),
+    ):
+      _check(
+        not value or self.family == family,
+        f'model.{key}={value!r} needs model.family={family!r}.',
+      )
+    _check(
+      self.num_experts >= 0,
+      f'model.num_experts={self.num_experts} is negative; 0 is off.',
+    )
+    _check(
+      0 < self.experts_per_token <= (self.num_experts or 2),
+      f'model.experts_per_token={self.experts_per_token} is not in 1 to '
+      f'model.num_experts={self.num_experts}.',
+    )
+    _check(
+      self.num_heads % self.num_kv_heads == 0,
+      f'model.num_heads={self.num_heads} is not a multiple of '
+      f'model.num_kv_heads={self.num_kv_heads}.',
+    )
+    _check(
+      self.head_dim % 2 == 0,
+      f'model.head_dim={self.head_dim} must be even: rotary positions turn '
+      'pairs of features.',
+    )
+    _check(
+      self.sliding_window >= 0,
+      f'model.sliding_window={self.sliding_window} is negative; 0 is off.',
+    )
+
+
+# What makes the weights of a pretrained model that model.
+ARCHITECTURE = (
+  'family', 'vocab_size', 'embed_dim', 'num_layers', 'num_heads',
+  'num_kv_heads', 'head_dim', 'mlp_dim', 'num_experts', 'experts_per_token',
+  'rope_theta', 'rotary_scaling', 'max_positions', 'norm_epsilon',
+  'tie_embeddings',
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """L = embedding_weight * L_rep + generative_weight * L_gen (paper, eq. 3)."""
+  """L = embedding_weight * L_rep + generative_weight * L_gen (paper, eq. 3).
+
+  A model with experts adds the terms of its router.
+  """
 
   mode: str = 'unified'  # unified, embedding, generative
   embedding_weight: float = 1.0
@@ -124,6 +210,12 @@ class ObjectiveConfig:
   generative_reduction: str = 'mixed'
   # Groups of conversations for `mixed` (the recipe's 256 conversations in 8).
   mixed_groups: int = 8
+  # Of a model with experts: weights of the load-balancing loss on the rows of
+  # either stream (the reference has it on generative ones, with Mixtral's
+  # 0.02), and of the router's z-loss on all.
+  generative_router_weight: float = 0.02
+  embedding_router_weight: float = 0.0
+  router_z_weight: float = 0.0
 
   @property
   def has_embedding(self) -> bool:
@@ -146,7 +238,13 @@ class ObjectiveConfig:
       ('token', 'sample', 'mixed'),
     )
     _check_positive('objective', self, 'temperature', 'mixed_groups')
-    for name in ('embedding_weight', 'generative_weight'):
+    for name in (
+      'embedding_weight',
+      'generative_weight',
+      'generative_router_weight',
+      'embedding_router_weight',
+      'router_z_weight',
+    ):
       _check(
         getattr(self, name) >= 0,
         f'objective.{name}={getattr(self, name)} is negative.',
@@ -159,8 +257,9 @@ class DataConfig:
 
   # Comma-separated: .jsonl files, folders of them, or `tfds:NAME[/CONFIG]`.
   paths: str = ''
-  # A sentencepiece model; empty: one of `tokenizer_pieces` is trained on the
-  # data and kept in the workdir.
+  # A sentencepiece model, or a folder with one or with a tokenizer.json; empty:
+  # that of `init_from`, or, without it, one of `tokenizer_pieces` that is
+  # trained on the data and kept in the workdir.
   tokenizer: str = ''
   tokenizer_pieces: int = 8192
   # Where tokenized data sets are kept; empty: `data` in the workdir.
@@ -247,6 +346,7 @@ class MeshConfig:
   data: int = 1  # copies of the weights, outermost
   fsdp: int = -1  # weights and optimizer state are split over it
   tensor: int = 1  # heads, feed-forward and vocabulary are split over it
+  expert: int = 1  # as `fsdp`, but experts stay apart, and tokens go to them
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
@@ -337,6 +437,10 @@ class Config:
   memory: MemoryConfig = MemoryConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  # Where the weights, the architecture (see `ModelConfig.embed_dim`) and, with
+  # `data.tokenizer` empty, the tokenizer are taken from: a Hugging Face folder,
+  # a checkpoint, or a run's workdir. Empty: weights are drawn at random.
+  init_from: str = ''
   seed: int = 0
   steps: int = 1253
   log_every: int = 10
@@ -352,6 +456,22 @@ class Config:
       self.log_every > 0, f'log_every={self.log_every} must be greater than 0.'
     )
     _check(self.seed >= 0, f'seed={self.seed} is negative.')
+    _check(
+      bool(self.init_from or self.model.embed_dim),
+      'model.embed_dim=0 takes the architecture from init_from, which is '
+      'empty. Set one of the two.',
+    )
+    for name in (
+      'max_query_tokens',
+      'max_passage_tokens',
+      'max_generative_tokens',
+    ):
+      tokens = getattr(self.data, name)
+      _check(
+        not self.model.embed_dim or tokens <= self.model.max_positions,
+        f'data.{name}={tokens} is more than model.max_positions='
+        f'{self.model.max_positions}.',
+      )
     if (
       self.objective.has_generative
       and self.objective.generative_reduction == 'mixed'
@@ -384,6 +504,24 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   resolved = _build(Config, config.to_dict(), '')
   resolved.validate()
   return resolved
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """Rebuilds a configuration that was saved, such as a checkpoint's.
+
+  Args:
+    values: what `dataclasses.asdict` or JSON has of a `Config`.
+
+  Returns:
+    The dataclasses. Only the model is validated: a checkpoint that was
+    converted is of no run.
+
+  Raises:
+    ConfigError: as `resolve`.
+  """
+  config = _build(Config, values, '')
+  config.model.validate()
+  return config
 
 
 def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:

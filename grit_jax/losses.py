@@ -1,10 +1,11 @@
-"""The two losses of GRIT (arXiv 2402.09906, section 2)."""
+"""The two losses of GRIT (arXiv 2402.09906, section 2), and the router's."""
 
 import jax
 import jax.numpy as jnp
 
 from grit_jax.batch import GenerativeRows
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.moe import RouterStatistics
 
 # Positions of a row whose logits exist at one time: [R, 256, V] in float32 is
 # 262 MB a chip at 8 rows and 32,000 tokens.
@@ -89,3 +90,35 @@ def next_token_loss(
       add, jnp.zeros((), jnp.float32), (chunked(hidden), targets, weights)
     )
   return total
+
+
+def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
+  """How unevenly tokens go to experts (arXiv 2101.03961, eq. 4 to 6).
+
+  E * sum_e f_e * p_e over the tokens of all layers together, as Mixtral has it
+  in transformers: f_e is how often a token chooses expert e, p_e the router's
+  mean probability of it. An even spread gives the experts a token.
+
+  Args:
+    statistics: With axes [L, S].
+
+  Returns:
+    float32 [S], a stream.
+  """
+  total = jnp.maximum(statistics.tokens.sum(axis=0), 1.0)[:, None]
+  chosen = statistics.chosen.sum(axis=0) / total
+  probability = statistics.probability.sum(axis=0) / total
+  return chosen.shape[-1] * (chosen * probability).sum(axis=-1)
+
+
+def router_z_loss(statistics: RouterStatistics) -> jax.Array:
+  """The mean squared log-normaliser of the router (arXiv 2202.08906, eq. 5).
+
+  Args:
+    statistics: With axes [L, S].
+
+  Returns:
+    float32 [S], a stream.
+  """
+  total = jnp.maximum(statistics.tokens.sum(axis=0), 1.0)
+  return statistics.squared_normaliser.sum(axis=0) / total

@@ -1,12 +1,13 @@
 """GRIT's joint objective and the train step.
 
 L = embedding_weight * L_rep + generative_weight * L_gen (arXiv 2402.09906,
-eq. 3), over the global batch, on any mesh. Two executors of the same loss and
-gradient: one pass over the whole batch, or gradient caching in chunks of rows.
+eq. 3), and with experts the router's terms, over the global batch, on any mesh.
+Two executors of the same loss and gradient: one pass over the whole batch, or
+gradient caching in chunks of rows.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from grit_jax.batch import Batch, EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.models.attention import embedding_kind, generative_kind
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.moe import RouterStatistics
 from grit_jax.sharding import spec
 
 Metrics = dict[str, jax.Array]
@@ -39,10 +41,9 @@ class TrainState:
 
 
 def create_state(
-  config: Config, optimizer: optax.GradientTransformation, rng: jax.Array
+  optimizer: optax.GradientTransformation, model: Decoder
 ) -> TrainState:
-  """Draws the weights; under `jax.jit` all is born in its sharding."""
-  model = Decoder(config.model, rng)
+  """Returns the state before the first step; under `jax.jit`, sharded."""
   return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
@@ -84,19 +85,59 @@ def representation_loss(
     )
 
 
+def router_loss(
+  statistics: RouterStatistics | None, streams: Sequence[str], config: Config
+) -> tuple[jax.Array, Metrics]:
+  """The router's weighted terms, and what it does; 0 without experts.
+
+  Args:
+    statistics: of the whole batch, with axes [L, streams].
+    streams: `rep` and `gen`, or one of them.
+    config: for the weights.
+  """
+  loss, metrics = jnp.zeros((), jnp.float32), {}
+  if statistics is None:
+    return loss, metrics
+  balance = losses.load_balancing_loss(statistics)
+  z_loss = losses.router_z_loss(statistics)
+  weights = {
+    'rep': config.objective.embedding_router_weight,
+    'gen': config.objective.generative_router_weight,
+  }
+  for i, stream in enumerate(streams):
+    loss += weights[stream] * balance[i]
+    loss += config.objective.router_z_weight * z_loss[i]
+    tokens = jnp.maximum(statistics.tokens[:, i], 1.0)
+    load = statistics.chosen[:, i] / tokens[:, None]
+    load /= config.model.experts_per_token
+    metrics |= {
+      f'router_{stream}/balance_loss': balance[i],
+      f'router_{stream}/z_loss': z_loss[i],
+      f'router_{stream}/entropy': (statistics.entropy[:, i] / tokens).mean(),
+      # The share of the choices that its busiest expert has, in any layer.
+      f'router_{stream}/busiest': load.max(),
+    }
+    for expert in range(config.model.num_experts):
+      name = f'router_{stream}/load_of_expert_{expert}'
+      metrics[name] = load[:, expert].mean()
+  return loss, metrics
+
+
 def one_pass_loss(
   model: Decoder, batch: Batch, config: Config
 ) -> tuple[jax.Array, Metrics]:
   """The joint loss, both streams in one pass through the decoder."""
-  streams, kinds = [], []
+  streams, kinds, names = [], [], []
   if batch.embedding is not None:
     streams.append(batch.embedding.rows)
     kinds.append(embedding_kind(config.model.attention))
+    names.append('rep')
   if batch.generative is not None:
     streams.append(batch.generative.rows)
     kinds.append(generative_kind(config.model.attention))
-  hidden = model(streams, kinds, config.memory.remat)
-  loss, metrics = jnp.zeros((), jnp.float32), {}
+    names.append('gen')
+  hidden, statistics = model.run(streams, kinds, config.memory.remat)
+  loss, metrics = router_loss(statistics, names, config)
   if batch.embedding is not None:
     pooled = pool_texts(
       model, hidden[0], batch.embedding, config.data.max_segments
@@ -138,48 +179,60 @@ def cached_gradient(
   gradient = jax.tree.map(jnp.zeros_like, model)
   loss, metrics = jnp.zeros((), jnp.float32), {}
   if batch.embedding is not None:
-    weight = config.objective.embedding_weight
-    gradient, loss_rep, accuracy = _cached_representation_gradient(
+    gradient, loss_rep, metrics_rep = _cached_representation_gradient(
       model, batch.embedding, config, gradient
     )
-    loss += weight * loss_rep
-    metrics |= {'loss_rep': loss_rep, 'in_batch_accuracy': accuracy}
+    loss += loss_rep
+    metrics |= metrics_rep
   if batch.generative is not None:
-    weight = config.objective.generative_weight
-    gradient, loss_gen = _cached_generative_gradient(
+    gradient, loss_gen, metrics_gen = _cached_generative_gradient(
       model, batch.generative, config, gradient
     )
-    loss += weight * loss_gen
-    metrics |= {'loss_gen': loss_gen}
+    loss += loss_gen
+    metrics |= metrics_gen
   return gradient, {'loss': loss, **metrics}
+
+
+def _no_statistics(model: Decoder, config: Config) -> RouterStatistics | None:
+  """Returns the sum of no chunk's statistics, of one stream."""
+  if not config.model.num_experts:
+    return None
+  layers, experts = config.model.num_layers, config.model.num_experts
+  scalar, vector = jnp.zeros((layers, 1)), jnp.zeros((layers, 1, experts))
+  return RouterStatistics(scalar, vector, vector, scalar, scalar)
 
 
 def _cached_representation_gradient(
   model: Decoder, batch: EmbeddingRows, config: Config, gradient: Decoder
-) -> tuple[Decoder, jax.Array, jax.Array]:
-  """Adds embedding_weight * dL_rep to `gradient`; returns L_rep besides."""
+) -> tuple[Decoder, jax.Array, Metrics]:
+  """Adds the embedding stream's gradient; returns its loss and metrics too."""
   max_segments = config.data.max_segments
   count, size = batch.rows.tokens.shape[:2]
   width = config.model.projection_dim or config.model.embed_dim
   kind = embedding_kind(config.model.attention)
 
-  def encode(model: Decoder, index: jax.Array) -> jax.Array:
+  def encode(model: Decoder, index: jax.Array) -> tuple:
     chunk = dataclasses.replace(
       batch, rows=_chunk(batch.rows, index), pooled=_chunk(batch.pooled, index)
     )
-    [hidden] = model([chunk.rows], [kind], config.memory.remat)
-    return pool_texts(model, hidden, chunk, max_segments)
+    [hidden], statistics = model.run([chunk.rows], [kind], config.memory.remat)
+    return pool_texts(model, hidden, chunk, max_segments), statistics
 
-  def keep(index: jax.Array, cache: jax.Array) -> jax.Array:
-    return cache.at[index].set(encode(model, index))
+  def keep(index: jax.Array, carry: tuple) -> tuple:
+    cache, total = carry
+    pooled, statistics = encode(model, index)
+    return cache.at[index].set(pooled), jax.tree.map(jnp.add, total, statistics)
 
   cache = jnp.zeros(
     (count, size, max_segments, width),
     out_sharding=spec(None, 'rows', None, None),
   )
-  cache = jax.lax.fori_loop(0, batch.chunks, keep, cache)
+  start = (cache, _no_statistics(model, config))
+  cache, statistics = jax.lax.fori_loop(0, batch.chunks, keep, start)
 
-  def loss_of(cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def loss_of(
+    cache: jax.Array, statistics: RouterStatistics | None
+  ) -> tuple[jax.Array, Metrics]:
     # Rows are split over devices within each chunk; a slot counts rows chunk
     # by chunk, so the rows' axis goes first for a local reshape.
     pooled = jnp.swapaxes(cache, 0, 1).reshape(
@@ -191,48 +244,75 @@ def _cached_representation_gradient(
       query_slots=_row_major(batch.query_slots, count, size, max_segments),
       passage_slots=_row_major(batch.passage_slots, count, size, max_segments),
     )
-    return representation_loss(pooled, slots, config.objective.temperature)
+    loss_rep, accuracy = representation_loss(
+      pooled, slots, config.objective.temperature
+    )
+    loss, metrics = router_loss(statistics, ['rep'], config)
+    loss += config.objective.embedding_weight * loss_rep
+    return loss, {
+      'loss_rep': loss_rep, 'in_batch_accuracy': accuracy, **metrics
+    }  # fmt: skip
 
-  (loss, accuracy), cache_gradient = jax.value_and_grad(loss_of, has_aux=True)(
-    cache
-  )
-  cache_gradient *= config.objective.embedding_weight
+  (loss, metrics), (cache_gradient, statistics_gradient) = jax.value_and_grad(
+    loss_of, argnums=(0, 1), has_aux=True
+  )(cache, statistics)
 
   def add(index: jax.Array, gradient: Decoder) -> Decoder:
     _, pull_back = jax.vjp(lambda model: encode(model, index), model)
-    [chunk_gradient] = pull_back(_chunk(cache_gradient, index))
+    # The statistics of the batch are the sum of the chunks', so their gradient
+    # is every chunk's.
+    [chunk_gradient] = pull_back(
+      (_chunk(cache_gradient, index), statistics_gradient)
+    )
     return jax.tree.map(jnp.add, gradient, chunk_gradient)
 
   gradient = jax.lax.fori_loop(0, batch.chunks, add, gradient)
-  return gradient, loss, accuracy
+  return gradient, loss, metrics
 
 
 def _cached_generative_gradient(
   model: Decoder, batch: GenerativeRows, config: Config, gradient: Decoder
-) -> tuple[Decoder, jax.Array]:
-  """Adds generative_weight * dL_gen to `gradient`; returns L_gen besides."""
+) -> tuple[Decoder, jax.Array, Metrics]:
+  """Adds the generative stream's gradient; returns its loss and metrics too."""
   kind = generative_kind(config.model.attention)
   scale = 1 / batch.loss_weights.sum()
 
-  def loss_of(model: Decoder, index: jax.Array) -> jax.Array:
-    chunk = dataclasses.replace(
+  def take(index: jax.Array) -> GenerativeRows:
+    return dataclasses.replace(
       batch,
       rows=_chunk(batch.rows, index),
       loss_weights=_chunk(batch.loss_weights, index),
     )
-    [hidden] = model([chunk.rows], [kind], config.memory.remat)
-    return losses.next_token_loss(model, hidden, chunk) * scale
+
+  def loss_of(model: Decoder, index: jax.Array) -> tuple:
+    chunk = take(index)
+    [hidden], statistics = model.run([chunk.rows], [kind], config.memory.remat)
+    return losses.next_token_loss(model, hidden, chunk) * scale, statistics
+
+  def count(index: jax.Array, total: RouterStatistics) -> RouterStatistics:
+    _, statistics = model.run([take(index).rows], [kind], config.memory.remat)
+    return jax.tree.map(jnp.add, total, statistics)
+
+  # The gradient of a router's loss needs the statistics of all chunks, which
+  # takes a pass of its own.
+  statistics = _no_statistics(model, config)
+  if statistics is not None:
+    statistics = jax.lax.fori_loop(0, batch.chunks, count, statistics)
+  (router, metrics), statistics_gradient = jax.value_and_grad(
+    lambda statistics: router_loss(statistics, ['gen'], config), has_aux=True
+  )(statistics)
 
   def add(index: jax.Array, carry: tuple) -> tuple[Decoder, jax.Array]:
     gradient, total = carry
-    loss, pull_back = jax.vjp(lambda model: loss_of(model, index), model)
-    [chunk_gradient] = pull_back(
-      jnp.full((), config.objective.generative_weight, loss.dtype)
-    )
+    (loss, _), pull_back = jax.vjp(lambda model: loss_of(model, index), model)
+    weight = jnp.full((), config.objective.generative_weight, loss.dtype)
+    [chunk_gradient] = pull_back((weight, statistics_gradient))
     return jax.tree.map(jnp.add, gradient, chunk_gradient), total + loss
 
   start = (gradient, jnp.zeros((), jnp.float32))
-  return jax.lax.fori_loop(0, batch.chunks, add, start)
+  gradient, loss_gen = jax.lax.fori_loop(0, batch.chunks, add, start)
+  loss = router + config.objective.generative_weight * loss_gen
+  return gradient, loss, {'loss_gen': loss_gen, **metrics}
 
 
 def _chunk(tree: Rows | jax.Array, index: jax.Array) -> Rows | jax.Array:

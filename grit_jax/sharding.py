@@ -1,14 +1,16 @@
 """The mesh, the one table of logical axes, and what moves between devices.
 
-A run has one Explicit mesh with the axes `data`, `fsdp` and `tensor`, so that
-the sharding of an array is part of its type and a wrong one fails when the
-program is traced, on a CPU as on a pod.
+A run has one Explicit mesh with the axes `data`, `fsdp`, `expert` and `tensor`,
+so that the sharding of an array is part of its type and a wrong one fails when
+the program is traced, on a CPU as on a pod.
 
-- Activations are split by rows over `data` and `fsdp`, and by heads,
+- Activations are split by rows over `data`, `fsdp` and `expert`, and by heads,
   feed-forward and vocabulary over `tensor`.
 - A weight is stored split over `tensor` where its logical axis says so and,
-  besides, over `fsdp` on its first axis: the major one, so that a shard stays
-  whole tiles on a TPU. `gather` brings it together for use.
+  besides, over `fsdp` and `expert` on its first axis: the major one, so that a
+  shard stays whole tiles on a TPU. `gather` brings it together for use.
+- The experts' weights are split by experts over `expert`, and are never
+  brought together over it: the tokens go to them.
 """
 
 import math
@@ -22,9 +24,11 @@ from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import Config, MeshConfig, ModelConfig
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'expert', 'tensor')
 # The axes that split rows, and over which a weight's gradient is summed.
-ROWS = ('data', 'fsdp')
+ROWS = ('data', 'fsdp', 'expert')
+# The axes that split a weight's first axis, besides its own.
+STORED = ('fsdp', 'expert')
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'rows': ROWS,
@@ -35,6 +39,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'head_dim': None,
   'mlp': 'tensor',
   'vocab': 'tensor',
+  'experts': 'expert',
+  'router': None,
   'layers': None,
   'texts': None,
   'projection': None,
@@ -97,9 +103,15 @@ def validate(config: Config, mesh: Mesh) -> None:
   model = config.model
   for name in ('num_heads', 'num_kv_heads', 'mlp_dim'):
     _check_divides(f'model.{name}', getattr(model, name), mesh, ('tensor',))
-  shards = ('fsdp',)
-  _check_divides('model.embed_dim', model.embed_dim, mesh, shards)
-  shards = ('tensor', 'fsdp')
+  if model.num_experts:
+    _check_divides('model.num_experts', model.num_experts, mesh, ('expert',))
+  elif mesh.shape['expert'] > 1:
+    raise MeshError(
+      f'mesh.expert={mesh.shape["expert"]}, but model.num_experts=0: there is '
+      'nothing to split over it.'
+    )
+  _check_divides('model.embed_dim', model.embed_dim, mesh, STORED)
+  shards = ('tensor', *STORED)
   _check_divides('model.mlp_dim', model.mlp_dim, mesh, shards)
   _check_divides(
     'model.num_heads*head_dim', model.num_heads * model.head_dim, mesh, shards
@@ -121,7 +133,7 @@ def _check_divides(
 ) -> None:
   shards = math.prod(mesh.shape[axis] for axis in axes)
   if size % shards:
-    product = '*'.join(f'mesh.{axis}' for axis in axes)
+    product = '*'.join(f'mesh.{axis}' for axis in axes if mesh.shape[axis] > 1)
     raise MeshError(f'{name}={size} does not divide by {product}={shards}.')
 
 
@@ -145,12 +157,14 @@ def spec(*logical: str | None) -> P:
 def weight_spec(*logical: str) -> P:
   """Returns how a weight with these logical axes is stored.
 
-  As `spec`, with `fsdp` on the first axis after `layers`.
+  As `spec`, with `fsdp` and `expert` on the first axis after `layers` and
+  `experts`. The latter has `expert` already.
   """
-  first = 1 if logical[0] == 'layers' else 0
+  first = sum(axis in ('layers', 'experts') for axis in logical)
+  extra = ('fsdp',) if 'experts' in logical else STORED
   physical = [RULES[axis] for axis in logical]
   axis = physical[first]
-  physical[first] = 'fsdp' if axis is None else (axis, 'fsdp')
+  physical[first] = extra if axis is None else (axis, *extra)
   _check_collision(logical, physical)
   return P(*physical)
 
@@ -169,12 +183,13 @@ def _check_collision(logical: Sequence, physical: Sequence) -> None:
 
 
 def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
-  """All-gathers a stored weight over `fsdp`, in `dtype`.
+  """All-gathers a stored weight over `fsdp` and `expert`, in `dtype`.
 
   Its transpose is a reduce-scatter of the gradient to the shard, in `dtype`:
   the result is `reduced` over the row axes, so its cotangent is the unreduced
   sum of each device, which the first reshard's transpose scatters. `data` is
-  named before `fsdp`: one reshard over both becomes a full all-reduce on TPU.
+  named before the others: one reshard over all becomes a full all-reduce on
+  TPU. What is split over `expert` by experts stays so.
 
   Args:
     weight: as stored (`weight_spec`), without its `layers` axis.
@@ -182,12 +197,13 @@ def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
     dtype: the dtype to gather and to compute in.
 
   Returns:
-    The weight, split over `tensor` alone.
+    The weight, split over `tensor` alone, or over `expert` too.
   """
   stored, used = weight_spec(*logical), spec(*logical)
+  reduced = set(ROWS) - ({'expert'} if 'experts' in logical else set())
   weight = weight.astype(dtype)
   weight = jax.sharding.reshard(weight, P(*stored, reduced={'data'}))
-  return jax.sharding.reshard(weight, P(*used, reduced=set(ROWS)))
+  return jax.sharding.reshard(weight, P(*used, reduced=reduced))
 
 
 def _rest(x: jax.Array) -> tuple:

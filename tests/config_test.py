@@ -14,6 +14,7 @@ from grit_jax.config import (
   resolve,
   to_config_dict,
 )
+from grit_jax.models import presets
 
 
 def make_config() -> ml_collections.ConfigDict:
@@ -121,6 +122,15 @@ WRONG = [
   ),
   ('model.vocab_size', -1),
   ('model.rope_theta', 0.0),
+  ('model.family', 'gpt'),
+  ('model.max_positions', 0),
+  ('model.num_experts', -1),
+  ('model.experts_per_token', 0),
+  ('model.rotary_scaling.kind', 'yarn'),
+  ('model.rotary_scaling.factor', 0.5),
+  ('model.rotary_scaling.low_frequency_factor', 0.0),
+  ('model.rotary_scaling.high_frequency_factor', 1.0),
+  ('model.rotary_scaling.original_positions', 0),
   ('model.norm_epsilon', 0.0),
   ('model.num_kv_heads', 5),
   ('model.head_dim', 7),
@@ -137,6 +147,9 @@ WRONG = [
   ('objective.mixed_groups', 0),
   ('objective.embedding_weight', -1.0),
   ('objective.generative_weight', -0.5),
+  ('objective.generative_router_weight', -0.5),
+  ('objective.embedding_router_weight', -0.5),
+  ('objective.router_z_weight', -0.5),
   *(
     (f'data.{name}', 0)
     for name in (
@@ -162,6 +175,7 @@ WRONG = [
   ('mesh.data', 0),
   ('mesh.fsdp', -2),
   ('mesh.tensor', 0),
+  ('mesh.expert', 0),
   ('memory.remat', 'some'),
   ('memory.chunk_rows', -1),
   ('checkpoint.every_steps', 0),
@@ -198,6 +212,8 @@ def test_every_key_has_a_wrong_value_above():
     if isinstance(values, dict)
     for name in values
   }
+  scaling = make_config().model.rotary_scaling
+  flat |= {f'model.rotary_scaling.{name}' for name in scaling}
   # `data.paths` has its own test. What cannot be wrong: booleans, and paths
   # that are read elsewhere.
   free = {
@@ -206,14 +222,53 @@ def test_every_key_has_a_wrong_value_above():
     'data.tokenizer',
     'data.cache_dir',
     'evaluation.enabled',
+    'init_from',
   }
   groups = {key for key in flat if any(k.startswith(f'{key}.') for k in flat)}
   assert flat - groups - free == {key for key, _ in WRONG}
 
 
+def test_an_architecture_of_init_from_needs_one_and_nothing_beside_it():
+  of_init_from = make_config()
+  of_init_from.init_from = 'folder'
+  of_init_from.model.vocab_size = of_init_from.model.embed_dim = 0
+  assert resolve(of_init_from).model == presets.of_init_from()
+  of_init_from.model.num_layers = 3
+  with pytest.raises(ConfigError, match=r'model\.num_layers=3 is set, but'):
+    resolve(of_init_from)
+
+
+@pytest.mark.parametrize('kind', ['query', 'passage', 'generative'])
+def test_texts_may_not_be_longer_than_the_positions(kind: str):
+  values = make_config()
+  setattr(values.data, f'max_{kind}_tokens', 1025)
+  for other in {'query', 'passage', 'generative'} - {kind}:
+    setattr(values.data, f'max_{other}_tokens', 1024)
+  values.model.max_positions = 1024
+  message = f'data.max_{kind}_tokens=1025 is more than model.max_positions=1024'
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    resolve(values)
+
+
 def test_two_axes_of_minus_one_raise():
   with pytest.raises(ConfigError, match='mesh: only one .*data=-1, fsdp=-1'):
     resolve(override('mesh.data', -1))
+
+
+@pytest.mark.parametrize(
+  ('family', 'changes'),
+  [
+    ('llama', {'model.num_experts': 8}),
+    ('llama', {'model.sliding_window': 4}),
+    ('mistral', {'model.rotary_scaling.kind': 'llama3'}),
+  ],
+)
+def test_a_family_has_what_its_exports_can_say(family: str, changes: dict):
+  values = make_config()
+  values.update_from_flattened_dict({'model.family': family, **changes})
+  [key] = changes
+  with pytest.raises(ConfigError, match=f'{key}=.* needs model.family='):
+    resolve(values)
 
 
 @pytest.mark.parametrize('mode', ATTENTION_MODES)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from grit_jax.config import (
 from grit_jax.data.dataset import prepare
 from grit_jax.data.pipeline import Pipeline, place_batch
 from grit_jax.data.sources import TRAIN, sources
-from grit_jax.data.tokenizer import Tokenizer, train_tokenizer
+from grit_jax.data.tokenizer import SentencePieceTokenizer
+from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.models import presets
 from grit_jax.models.decoder import Decoder
 from grit_jax.optimizer import make_optimizer, make_schedule
@@ -26,6 +28,8 @@ from grit_jax.optimizer import make_optimizer, make_schedule
 MESH_TOLERANCE = 1e-5
 
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
+# The same, and expert.
+EXPERT_MESHES = [(1, 8, 1, 1), (1, 1, 1, 8), (1, 2, 1, 4), (1, 1, 2, 4)]
 
 
 def words(rng: np.random.Generator, count: int) -> str:
@@ -56,7 +60,7 @@ def data(tmp_path_factory):
         for _ in range(2 * int(rng.integers(1, 3)))
       ]
       file.write(json.dumps({'text': turns}) + '\n')
-  tokenizer = Tokenizer(train_tokenizer(texts, 300))
+  tokenizer = SentencePieceTokenizer(train_tokenizer(texts, 300))
   found = sources(str(folder))
   sets = {
     source.kind: prepare(
@@ -99,7 +103,22 @@ def make_config(**changes) -> Config:
   return dataclasses.replace(config, **changes)
 
 
-def gradient_on(data, config: Config, shape: tuple[int, int, int]):
+def make_expert_config(**changes) -> Config:
+  config = make_config(**changes)
+  model = dataclasses.replace(
+    presets.tiny_moe(), vocab_size=300, projection_dim=12
+  )
+  # Weights of their terms that make them as large as the others.
+  terms = dataclasses.replace(
+    config.objective,
+    generative_router_weight=0.5,
+    embedding_router_weight=0.3,
+    router_z_weight=0.1,
+  )
+  return dataclasses.replace(config, model=model, objective=terms)
+
+
+def gradient_on(data, config: Config, shape: tuple[int, ...]):
   """The loss, metrics and gradient of step 0 on a mesh, in numpy."""
   devices = jax.devices()[: int(np.prod(shape))]
   mesh = sharding.make_mesh(MeshConfig(*shape), devices)
@@ -173,6 +192,58 @@ def test_chunks_give_the_one_pass_gradient(data, one_device, shape):
   assert_equal_gradients(gradient, found)
 
 
+@pytest.fixture(scope='module')
+def experts_on_one_device(data):
+  results, _ = gradient_on(data, make_expert_config(), (1, 1, 1))
+  return results
+
+
+@pytest.mark.parametrize('shape', EXPERT_MESHES)
+def test_experts_loss_and_gradient_do_not_depend_on_the_mesh(
+  data, experts_on_one_device, shape
+):
+  _, gradient, metrics = experts_on_one_device
+  (_, found, found_metrics), _ = gradient_on(data, make_expert_config(), shape)
+  assert len(metrics) == 4 + 2 * (4 + 8)
+  for name in metrics:
+    np.testing.assert_allclose(
+      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
+    )
+  assert_equal_gradients(gradient, found)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 2, 1, 2)])
+def test_chunks_give_the_one_pass_gradient_of_experts(
+  data, experts_on_one_device, shape
+):
+  _, gradient, metrics = experts_on_one_device
+  config = make_expert_config(memory=MemoryConfig(chunk_rows=4))
+  (_, found, found_metrics), host = gradient_on(data, config, shape)
+  assert int(host.batch.generative.chunks) > 2
+  for name in metrics:
+    np.testing.assert_allclose(
+      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
+    )
+  assert_equal_gradients(gradient, found)
+
+
+def test_every_router_term_is_in_the_loss(data, experts_on_one_device):
+  _, _, metrics = experts_on_one_device
+  config = make_expert_config()
+  terms = config.objective
+  expected = (
+    terms.embedding_weight * metrics['loss_rep']
+    + terms.generative_weight * metrics['loss_gen']
+    + terms.embedding_router_weight * metrics['router_rep/balance_loss']
+    + terms.generative_router_weight * metrics['router_gen/balance_loss']
+    + terms.router_z_weight
+    * (metrics['router_rep/z_loss'] + metrics['router_gen/z_loss'])
+  )
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
+  # Else the gradient of the balance would be that of nothing.
+  assert metrics['router_gen/busiest'] > 0.2
+
+
 def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   temporary = []
@@ -218,9 +289,8 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
     config, optimizer, make_schedule(config.optimizer, config.steps)
   )
   with jax.set_mesh(mesh):
-    state = jax.jit(lambda rng: objective.create_state(config, optimizer, rng))(
-      jax.random.key(0)
-    )
+    model = jax.jit(lambda rng: Decoder(config.model, rng))(jax.random.key(0))
+    state = jax.jit(partial(objective.create_state, optimizer))(model)
     shapes = set()
     for host in pipeline.iterate():
       batch = place_batch(mesh, host.batch)

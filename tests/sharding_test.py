@@ -293,10 +293,19 @@ def test_weights_are_born_in_their_stored_sharding_and_alike_on_every_mesh(
 
 
 def test_stored_specs_put_fsdp_on_the_first_axis_after_the_layers():
-  assert weight_spec('embed', 'mlp') == P('fsdp', 'tensor')
-  assert weight_spec('mlp', 'embed') == P(('tensor', 'fsdp'), None)
-  assert weight_spec('layers', 'embed', 'mlp') == P(None, 'fsdp', 'tensor')
-  assert spec('rows', None, 'heads') == P(('data', 'fsdp'), None, 'tensor')
+  stored = ('fsdp', 'expert')
+  assert weight_spec('embed', 'mlp') == P(stored, 'tensor')
+  assert weight_spec('mlp', 'embed') == P(('tensor', *stored), None)
+  assert weight_spec('layers', 'embed', 'mlp') == P(None, stored, 'tensor')
+  rows = ('data', 'fsdp', 'expert')
+  assert spec('rows', None, 'heads') == P(rows, None, 'tensor')
+
+
+def test_stored_specs_of_experts_split_them_and_then_their_first_axis():
+  assert weight_spec('experts', 'embed', 'mlp') == P('expert', 'fsdp', 'tensor')
+  assert weight_spec('experts', 'mlp', 'embed') == P(
+    'expert', ('tensor', 'fsdp'), None
+  )
 
 
 def test_two_logical_axes_on_one_mesh_axis_raise():
@@ -315,11 +324,26 @@ def test_an_unknown_logical_axis_raises():
 
 def test_an_axis_of_minus_one_takes_the_devices_left_over():
   assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {
-    'data': 2, 'fsdp': 2, 'tensor': 2
+    'data': 2, 'fsdp': 2, 'expert': 1, 'tensor': 2
   }  # fmt: skip
   mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:3])
   assert mesh.shape['data'] == 3
   assert sharding.row_shards(make_mesh(MeshConfig(2, 2, 2))) == 4
+
+
+def test_rows_are_split_over_the_experts_axis_too():
+  assert sharding.row_shards(make_mesh(MeshConfig(1, 2, 2, 2))) == 4
+
+
+def test_an_experts_axis_needs_experts_that_divide_over_it():
+  mesh = make_mesh(MeshConfig(1, 1, 1, 8))
+  with pytest.raises(
+    MeshError, match=r'mesh.expert=8, but model.num_experts=0'
+  ):
+    sharding.validate(make_config(), mesh)
+  with pytest.raises(MeshError, match=r'num_experts=4 .*mesh.expert=8'):
+    sharding.validate(make_config(num_experts=4), mesh)
+  sharding.validate(make_config(num_experts=8), mesh)
 
 
 def test_a_mesh_that_does_not_fit_the_devices_raises():

@@ -7,8 +7,10 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grit_jax.batch import Rows
+from grit_jax.config import RotaryScalingConfig
 from grit_jax.sharding import spec
 
 
@@ -48,7 +50,9 @@ def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
   Args:
     rows: the stream.
     kind: which later tokens of its segment a token sees.
-    window: a token sees those less than this many positions away; 0: all.
+    window: a token sees those less than this many positions away; 0: all. One
+      more where all is bidirectional: so does transformers, and a window has
+      no other definition there.
   """
   tokens = rows.segments.shape[1]
   index = jnp.arange(tokens)
@@ -65,7 +69,8 @@ def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
     same = stretch[:, :, None] == stretch[:, None, :]
     seen = seen | (same & both[:, :, None])
   if window:
-    seen = seen & (jnp.abs(distance) < window)
+    reach = window + (kind is Kind.BIDIRECTIONAL)
+    seen = seen & (jnp.abs(distance) < reach)
   same_segment = rows.segments[:, :, None] == rows.segments[:, None, :]
   return seen & same_segment
 
@@ -109,23 +114,41 @@ def attend(
   return jnp.swapaxes(out, 1, 2)
 
 
+def rotary_frequencies(
+  head_dim: int, theta: float, scaling: RotaryScalingConfig
+) -> np.ndarray:
+  """Returns the frequencies theta^(-2i/H), scaled; float32 [H / 2].
+
+  They are constants of the program: computed here as transformers does, in
+  float32, so that both turn position 2047 by the same angle.
+  """
+  exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  frequencies = np.float32(1) / np.float32(theta) ** exponents
+  if scaling.kind == 'linear':
+    return frequencies / np.float32(scaling.factor)
+  if scaling.kind == 'llama3':
+    # Turns of a frequency in the texts of pretraining decide its share.
+    turns = scaling.original_positions * frequencies / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+    scaled = frequencies / np.float32(scaling.factor)
+    return (1 - kept) * scaled + kept * frequencies
+  return frequencies
+
+
 def rotary_angles(
-  positions: jax.Array, head_dim: int, theta: float
+  positions: jax.Array, frequencies: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
   """Returns cosine and sine of the rotary angles (Su et al. 2021, eq. 15).
 
   Args:
     positions: int32 [B, T].
-    head_dim: H.
-    theta: the base of the frequencies theta^(-2i/H).
+    frequencies: float32 [H / 2], of `rotary_frequencies`.
 
   Returns:
     Two float32 [B, T, H / 2]: bfloat16 would turn positions above 256 into
     their neighbours'.
   """
-  frequencies = theta ** (
-    -jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  )
   angles = positions[..., None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 

@@ -1,13 +1,15 @@
-"""The decoder: Mistral's, over streams of packed rows.
+"""The decoder: Mistral's, Mixtral's and Llama's, over streams of packed rows.
 
 Mistral 7B (arXiv 2310.06825): grouped-query attention with rotary positions,
-RMS normalisation before each part, SwiGLU. All streams go through the layers
+RMS normalisation before each part, SwiGLU; in Mixtral (arXiv 2401.04088) a
+mixture of experts in its place. All streams go through the layers
 in one pass, so that a layer's weights are gathered once a step; attention
 alone treats the streams apart.
 
 Letters of shapes, here and in the package: B rows, T query positions, S key
 positions, D model, N heads, K key-value heads, G = N / K, H head size, F
-feed-forward, V vocabulary, L layers; in losses Q queries, P passages.
+feed-forward, V vocabulary, E experts, L layers; in losses Q queries, P
+passages.
 
 Modules are NNX modules used as plain pytrees. Weights are stored as used, [in,
 out], and layers are stacked on a leading axis L.
@@ -23,31 +25,17 @@ from jax.ad_checkpoint import checkpoint_name
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
 from grit_jax.models import attention
+from grit_jax.models.moe import MoE, RouterStatistics
+from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
 from grit_jax.sharding import (
   gather,
   join_rows,
   padded_vocab,
   spec,
   split_rows,
-  weight_spec,
 )
 
-INIT_SCALE = 0.02  # Mistral's initializer_range
-
 LAYER_INPUT = 'layer_input'
-
-
-def _matrix(
-  key: jax.Array,
-  shape: tuple[int, int],
-  logical: tuple[str, str],
-  config: ModelConfig,
-  scale: float = INIT_SCALE,
-) -> nnx.Param:
-  values = jax.random.normal(
-    key, shape, config.param_dtype, out_sharding=weight_spec(*logical)
-  )
-  return nnx.Param(values * jnp.asarray(scale, config.param_dtype))
 
 
 def _norm(config: ModelConfig) -> nnx.Param:
@@ -75,13 +63,13 @@ class Attention(nnx.Module):
     kv_width = config.num_kv_heads * config.head_dim
     keys = jax.random.split(key, 4)
     shape, logical = (config.embed_dim, width), ('embed', 'heads')
-    self.q = _matrix(keys[0], shape, logical, config)
+    self.q = draw_weight(keys[0], shape, logical, config)
     shape, logical = (config.embed_dim, kv_width), ('embed', 'kv_heads')
-    self.k = _matrix(keys[1], shape, logical, config)
-    self.v = _matrix(keys[2], shape, logical, config)
+    self.k = draw_weight(keys[1], shape, logical, config)
+    self.v = draw_weight(keys[2], shape, logical, config)
     shape, logical = (width, config.embed_dim), ('heads', 'embed')
-    scale = INIT_SCALE * (2 * config.num_layers) ** -0.5
-    self.o = _matrix(keys[3], shape, logical, config, scale)
+    scale = output_scale(config)
+    self.o = draw_weight(keys[3], shape, logical, config, scale)
 
   def __call__(
     self,
@@ -124,10 +112,10 @@ class MLP(nnx.Module):
     self.config = config
     keys = jax.random.split(key, 3)
     shape, logical = (config.embed_dim, config.mlp_dim), ('embed', 'mlp')
-    self.gate = _matrix(keys[0], shape, logical, config)
-    self.up = _matrix(keys[1], shape, logical, config)
-    scale = INIT_SCALE * (2 * config.num_layers) ** -0.5
-    self.down = _matrix(keys[2], shape[::-1], logical[::-1], config, scale)
+    self.gate = draw_weight(keys[0], shape, logical, config)
+    self.up = draw_weight(keys[1], shape, logical, config)
+    scale = output_scale(config)
+    self.down = draw_weight(keys[2], shape[::-1], logical[::-1], config, scale)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
@@ -150,7 +138,10 @@ class Block(nnx.Module):
     self.config = config
     attention_key, mlp_key = jax.random.split(key)
     self.attention = Attention(config, attention_key)
-    self.mlp = MLP(config, mlp_key)
+    if config.num_experts:
+      self.moe = MoE(config, mlp_key)
+    else:
+      self.mlp = MLP(config, mlp_key)
     self.attention_norm = _norm(config)
     self.mlp_norm = _norm(config)
 
@@ -159,15 +150,19 @@ class Block(nnx.Module):
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
     masks: Sequence[jax.Array],
-  ) -> jax.Array:
-    """Maps [B, T, D] to [B, T, D]."""
+    counted: jax.Array,
+  ) -> tuple[jax.Array, RouterStatistics | None]:
+    """Maps [B, T, D] to [B, T, D]; see `MoE` for `counted` and statistics."""
     epsilon = self.config.norm_epsilon
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], epsilon)
       x = x + self.attention(normed, angles, masks)
     with jax.named_scope('mlp'):
       normed = rms_norm(x, self.mlp_norm[...], epsilon)
-      return x + self.mlp(normed)
+      if not self.config.num_experts:
+        return x + self.mlp(normed), None
+      out, statistics = self.moe(normed, counted)
+      return x + out, statistics
 
 
 class Decoder(nnx.Module):
@@ -189,15 +184,17 @@ class Decoder(nnx.Module):
     # layers have learnt something, so embeddings tell texts apart from the
     # first step. A table that is the head too would give huge logits.
     scale = INIT_SCALE if config.tie_embeddings else 1.0
-    self.embed = _matrix(keys[0], shape, logical, config, scale)
+    self.embed = draw_weight(keys[0], shape, logical, config, scale)
     layer_keys = jax.random.split(keys[1], config.num_layers)
     self.blocks = jax.vmap(lambda key: Block(config, key))(layer_keys)
     self.final_norm = _norm(config)
     if not config.tie_embeddings:
-      self.head = _matrix(keys[2], shape[::-1], logical[::-1], config)
+      self.head = draw_weight(keys[2], shape[::-1], logical[::-1], config)
     if config.projection_dim:
       shape = (config.embed_dim, config.projection_dim)
-      self.projection = _matrix(keys[3], shape, ('embed', 'projection'), config)
+      self.projection = draw_weight(
+        keys[3], shape, ('embed', 'projection'), config
+      )
       self.projection_bias = nnx.Param(
         jnp.zeros((config.projection_dim,), config.param_dtype)
       )
@@ -208,6 +205,15 @@ class Decoder(nnx.Module):
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
   ) -> list[jax.Array]:
+    """Runs all streams through the layers; see `run`."""
+    return self.run(streams, kinds, remat)[0]
+
+  def run(
+    self,
+    streams: Sequence[Rows],
+    kinds: Sequence[attention.Kind],
+    remat: str = 'none',
+  ) -> tuple[list[jax.Array], RouterStatistics | None]:
     """Runs all streams through the layers in one pass.
 
     Args:
@@ -216,7 +222,9 @@ class Decoder(nnx.Module):
       remat: `config.MemoryConfig.remat`.
 
     Returns:
-      The normalised last hidden states, [R_i, T, D] a stream.
+      The normalised last hidden states, [R_i, T, D] a stream; and, of a model
+      with experts, the router's statistics over all tokens but padding, with
+      leading axes [L, streams].
     """
     config = self.config
     rows = [stream.tokens.shape[0] for stream in streams]
@@ -225,22 +233,32 @@ class Decoder(nnx.Module):
       table = gather(self.embed[...], 'vocab', 'embed', dtype=config.dtype)
       x = table.at[tokens].get(out_sharding=spec('rows', 'seq', 'embed'))
     positions = join_rows([stream.positions for stream in streams])
-    angles = attention.rotary_angles(
-      positions, config.head_dim, config.rope_theta
+    frequencies = attention.rotary_frequencies(
+      config.head_dim, config.rope_theta, config.rotary_scaling
     )
+    angles = attention.rotary_angles(positions, frequencies)
     masks = [
       attention.make_mask(stream, kind, config.sliding_window)
       for stream, kind in zip(streams, kinds, strict=True)
     ]
+    # Which stream a token counts in, [B, T, streams]; padding in none.
+    counted = join_rows(
+      [
+        (stream.segments > 0)[:, :, None] & (jnp.arange(len(streams)) == i)
+        for i, stream in enumerate(streams)
+      ]
+    )
 
-    def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+    counted = jax.sharding.reshard(counted, spec('rows', 'seq', None))
+
+    def layer(x: jax.Array, block: Block) -> tuple:
       x = checkpoint_name(x, LAYER_INPUT)
-      return block(x, angles, masks), None
+      return block(x, angles, masks, counted)
 
     with jax.named_scope('layers'):
-      x, _ = jax.lax.scan(_rematerialise(layer, remat), x, self.blocks)
+      x, statistics = jax.lax.scan(_rematerialise(layer, remat), x, self.blocks)
     x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
-    return split_rows(x, rows)
+    return split_rows(x, rows), statistics
 
   def gather_head(self) -> jax.Array:
     """Returns the head for `logits`, [D, V], to be gathered once a loop."""
@@ -296,7 +314,10 @@ def count_parameters(config: ModelConfig) -> int:
   """Returns the number of weights, without the vocabulary's padding."""
   width = config.num_heads * config.head_dim
   kv_width = config.num_kv_heads * config.head_dim
-  layer = config.embed_dim * (2 * width + 2 * kv_width + 3 * config.mlp_dim + 2)
+  mlp = 3 * config.mlp_dim
+  if config.num_experts:
+    mlp = config.num_experts * (mlp + 1)  # With the router's column.
+  layer = config.embed_dim * (2 * width + 2 * kv_width + mlp + 2)
   tables = 1 if config.tie_embeddings else 2
   projection = config.projection_dim * (config.embed_dim + 1)
   return (

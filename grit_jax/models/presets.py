@@ -1,5 +1,7 @@
 """Published model sizes, and small ones for a laptop and for tests."""
 
+import dataclasses
+
 from grit_jax.config import ModelConfig
 
 
@@ -22,6 +24,18 @@ def mistral_7b() -> ModelConfig:
   )
 
 
+def mixtral_8x7b() -> ModelConfig:
+  """Mixtral-8x7B-v0.1 (arXiv 2401.04088): 46,702,792,704 parameters."""
+  return dataclasses.replace(
+    mistral_7b(), num_experts=8, experts_per_token=2, rope_theta=1e6
+  )
+
+
+def of_init_from() -> ModelConfig:
+  """The architecture of what `init_from` names, whatever it is."""
+  return ModelConfig(vocab_size=0, embed_dim=0)
+
+
 def small() -> ModelConfig:
   """A Mistral that trains from scratch on two CPU cores in minutes."""
   return ModelConfig(
@@ -34,6 +48,11 @@ def small() -> ModelConfig:
     mlp_dim=512,
     dtype='float32',
   )
+
+
+def tiny_moe() -> ModelConfig:
+  """A Mixtral for tests: eight experts, for eight devices to split."""
+  return dataclasses.replace(tiny(), num_experts=8, mlp_dim=16)
 
 
 def tiny() -> ModelConfig:

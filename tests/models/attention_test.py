@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from grit_jax.batch import Rows
-from grit_jax.config import ATTENTION_MODES
+from grit_jax.config import ATTENTION_MODES, RotaryScalingConfig
 from grit_jax.models import attention
 from grit_jax.models.attention import Kind
 from grit_jax.sharding import place
@@ -38,7 +38,7 @@ def sees(rows: Rows, row: int, t: int, s: int, letters: str, window: int):
   segments, instruction = rows.segments[row], rows.in_instruction[row]
   if segments[t] != segments[s]:
     return False
-  if window and abs(t - s) >= window:
+  if window and abs(t - s) >= window + (letters == 'bb'):
     return False
   if s <= t or letters == 'bb':
     return True
@@ -107,8 +107,11 @@ def test_rotate_multiplies_complex_pairs_by_their_phase():
   phases = positions[..., None] * theta ** (-np.arange(5) / 5)
   pairs = x[..., :5] + 1j * x[..., 5:]
   turned = pairs * np.exp(1j * phases)[:, :, None]
+  frequencies = attention.rotary_frequencies(
+    head_dim, theta, RotaryScalingConfig()
+  )
   angles = attention.rotary_angles(
-    jax.numpy.asarray(positions, 'int32'), head_dim, theta
+    jax.numpy.asarray(positions, 'int32'), frequencies
   )
   actual = attention.rotate(jax.numpy.asarray(x, 'float32'), angles)
   np.testing.assert_allclose(
@@ -120,8 +123,46 @@ def test_rotate_multiplies_complex_pairs_by_their_phase():
 
 def test_rotary_angles_are_float32_for_bfloat16_heads():
   positions = jax.numpy.asarray([[256, 257]], 'int32')
-  cos, sin = attention.rotary_angles(positions, 4, 10000.0)
+  frequencies = attention.rotary_frequencies(4, 1e4, RotaryScalingConfig())
+  cos, sin = attention.rotary_angles(positions, frequencies)
   assert cos.dtype == sin.dtype == 'float32'
   assert cos[0, 0, 0] != cos[0, 1, 0]
   x = jax.numpy.ones((1, 2, 1, 4), 'bfloat16')
   assert attention.rotate(x, (cos, sin)).dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize(
+  'scaling',
+  [
+    RotaryScalingConfig(),
+    RotaryScalingConfig('linear', factor=4.0),
+    RotaryScalingConfig('llama3', 8.0, 1.0, 4.0, 8192),
+    RotaryScalingConfig('llama3', 32.0, 2.0, 5.0, 100),
+  ],
+  ids=['none', 'linear', 'llama3', 'llama3-other'],
+)
+def test_rotary_frequencies_equal_transformers(scaling: RotaryScalingConfig):
+  transformers = pytest.importorskip('transformers')
+  utilities = pytest.importorskip('transformers.modeling_rope_utils')
+  rope = {
+    'rope_type': 'default' if scaling.kind == 'none' else scaling.kind,
+    'rope_theta': 500000.0,
+    'factor': scaling.factor,
+    'low_freq_factor': scaling.low_frequency_factor,
+    'high_freq_factor': scaling.high_frequency_factor,
+    'original_max_position_embeddings': scaling.original_positions,
+  }
+  config = transformers.LlamaConfig(
+    hidden_size=256, num_attention_heads=2, rope_parameters=rope
+  )
+  if scaling.kind == 'none':
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    expected = rotary(config).inv_freq
+  else:
+    expected, factor = utilities.ROPE_INIT_FUNCTIONS[scaling.kind](config)
+    assert factor == 1.0
+  actual = attention.rotary_frequencies(128, 500000.0, scaling)
+  assert actual.dtype == 'float32'
+  # Float32 powers of two libraries are a few units in the last place apart;
+  # the blend subtracts numbers that are near to each other from them.
+  np.testing.assert_allclose(actual, expected.numpy(), rtol=3e-6)

@@ -52,8 +52,6 @@ def make_torch_model(model: Decoder, is_causal: bool):
   transformers = pytest.importorskip('transformers')
   config = model.config
   window = config.sliding_window or None
-  if window and not is_causal:
-    window -= 1  # There, and only there, transformers' bound is inclusive.
   theirs = transformers.MistralForCausalLM(
     transformers.MistralConfig(
       vocab_size=config.vocab_size,
