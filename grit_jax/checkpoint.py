@@ -1,12 +1,14 @@
 """Checkpoints: what a run needs to go on, and a model to be used elsewhere.
 
-A step's folder, `{workdir}/checkpoints/{step}`, is complete in itself:
+A checkpoint's folder, `{workdir}/checkpoints/{step}` or one that was converted,
+is complete in itself:
 
 - `state`: model, optimizer state and step, as a nested dict of arrays whose
-  keys are the names in the code (`model/blocks/attention/q`);
-- `data`: the state of the data iterator;
+  keys are the names in the code (`model/blocks/attention/q`); a converted one
+  has the model alone;
+- `data`: the state of the data iterator; not in a converted one;
 - `config`: the run's configuration, JSON;
-- `tokenizer`: the sentencepiece model.
+- `tokenizer`: the files of the tokenizer.
 
 Orbax writes it in the background into a temporary folder and renames that when
 all of it is there, so a folder with a step's name is a whole checkpoint.
@@ -16,87 +18,264 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
-CONFIG_FILE, TOKENIZER_FILE = 'config.json', 'tokenizer.model'
+MODEL = 'model'
+CONFIG_FILE = 'config.json'
+
+# Bytes of an array that are compressed and read as one, at most. A layer is
+# never in one with another: a conversion reads and writes layer by layer.
+CHUNK_BYTES = 32 * 2**20
 
 
 class CheckpointError(ValueError):
   """A checkpoint that cannot be read; the message names its path."""
 
 
-class _FileHandler(ocp.CheckpointHandler):
-  """An item that is one file of given bytes.
+class FilesHandler(ocp.CheckpointHandler):
+  """An item that is some files of given bytes.
 
-  With its checksum: half a sentencepiece model can be a model too.
+  With their checksums: half a sentencepiece model can be a model too.
   """
 
-  def save(self, directory: epath.Path, args: '_FileSave') -> None:
+  _CHECKSUMS = 'checksums.json'
+
+  def save(self, directory: epath.Path, args: 'FilesSave') -> None:
+    """Writes the files."""
     if jax.process_index() == 0:
-      checksum = hashlib.sha256(args.content).hexdigest()
-      (directory / args.name).write_bytes(args.content)
-      (directory / f'{args.name}.sha256').write_text(checksum)
+      checksums = {}
+      for name, content in args.files.items():
+        (directory / name).write_bytes(content)
+        checksums[name] = hashlib.sha256(content).hexdigest()
+      (directory / self._CHECKSUMS).write_text(json.dumps(checksums))
 
-  def restore(self, directory: epath.Path, args: '_FileRestore') -> bytes:
-    content = (directory / args.name).read_bytes()
-    checksum = (directory / f'{args.name}.sha256').read_text()
-    if hashlib.sha256(content).hexdigest() != checksum:
-      raise ValueError(f'{args.name} is damaged: its checksum is another.')
-    return content
+  def restore(
+    self, directory: epath.Path, args: 'FilesRestore'
+  ) -> dict[str, bytes]:
+    """Reads the files by name."""
+    del args
+    files = {}
+    checksums = json.loads((directory / self._CHECKSUMS).read_text())
+    for name, checksum in checksums.items():
+      files[name] = (directory / name).read_bytes()
+      if hashlib.sha256(files[name]).hexdigest() != checksum:
+        raise ValueError(f'{name} is damaged: its checksum is another.')
+    return files
 
 
-@ocp.args.register_with_handler(_FileHandler, for_save=True)
+@ocp.args.register_with_handler(FilesHandler, for_save=True)
 @dataclasses.dataclass
-class _FileSave(ocp.args.CheckpointArgs):
-  name: str
-  content: bytes
+class FilesSave(ocp.args.CheckpointArgs):
+  """The files to save, by name."""
+
+  files: Mapping[str, bytes]
 
 
-@ocp.args.register_with_handler(_FileHandler, for_restore=True)
+@ocp.args.register_with_handler(FilesHandler, for_restore=True)
 @dataclasses.dataclass
-class _FileRestore(ocp.args.CheckpointArgs):
-  name: str
+class FilesRestore(ocp.args.CheckpointArgs):
+  """All files are restored."""
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+  return {
+    STATE: ocp.PyTreeCheckpointHandler(),
+    DATA: grain.checkpoint.CheckpointHandler(),
+    CONFIG: ocp.JsonCheckpointHandler(CONFIG_FILE),
+    TOKENIZER: FilesHandler(),
+  }
+
+
+class Checkpoint:
+  """One checkpoint, to be read; nothing on the disk is changed."""
+
+  def __init__(self, folder: epath.PathLike):
+    """Opens a checkpoint's folder.
+
+    Raises:
+      CheckpointError: there is no such folder, or it is not a checkpoint.
+    """
+    self.folder = absolute(folder)
+    if not self.folder.is_dir():
+      raise CheckpointError(f'{self.folder} does not exist.')
+    if not ocp.utils.is_checkpoint_finalized(self.folder):
+      raise CheckpointError(f'{self.folder} was not written to its end.')
+    for item in (STATE, CONFIG, TOKENIZER):
+      if not (self.folder / item).is_dir():
+        raise CheckpointError(f'{self.folder}: the item {item} is missing.')
+    self._checkpointer = ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(**_handlers())
+    )
+
+  def restore(
+    self,
+    abstract_state: Any,
+    data_iterator: grain.DatasetIterator | None = None,
+  ) -> Any:
+    """Reads a state onto the current mesh, whichever mesh wrote it.
+
+    Args:
+      abstract_state: what `jax.eval_shape` returns for the state, under the
+        mesh. Its outermost entries can be some of the saved ones, as
+        `{'model': ...}` for inference.
+      data_iterator: gets its state set; None: the data's state is not read.
+
+    Returns:
+      The state, with the structure and the shardings of `abstract_state`.
+
+    Raises:
+      CheckpointError: the checkpoint lacks something, is damaged, or holds
+        another model.
+    """
+    target = _nest(jax.tree.map(_on_current_mesh, abstract_state))
+    self._check_arrays(target)
+    with self._reading(STATE):
+      arguments = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+      )
+      state = self._restore_item(STATE, arguments)
+    if data_iterator is not None:
+      self._restore_data(data_iterator)
+    return _unnest(state, abstract_state)
+
+  def read_config(self) -> dict[str, Any]:
+    """Returns the configuration that was saved."""
+    with self._reading(CONFIG):
+      return self._restore_item(CONFIG, ocp.args.JsonRestore())
+
+  def read_tokenizer(self) -> dict[str, bytes]:
+    """Returns the files of the tokenizer that was saved, by name."""
+    with self._reading(TOKENIZER):
+      return self._restore_item(TOKENIZER, FilesRestore())
+
+  def types(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of all arrays, by path (`model/embed`)."""
+    with self._reading(STATE):
+      handler = ocp.PyTreeCheckpointHandler()
+      metadata = handler.metadata(self.folder / STATE)
+    return {
+      path: jax.ShapeDtypeStruct(tuple(array.shape), array.dtype)
+      for path, array in flatten(metadata.tree).items()
+    }
+
+  def open_array(self, path: str) -> tensorstore.TensorStore:
+    """Opens one array, to be read slice by slice.
+
+    Args:
+      path: as in `types`.
+
+    Returns:
+      The array; `array[index].read().result()` reads a part of it.
+    """
+    name = path.replace('/', '.')
+    folder = self.folder / STATE
+    if (folder / 'manifest.ocdbt').exists():
+      base = kvstore(folder)
+      store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+    else:
+      store = kvstore(folder / name)
+    with self._reading(STATE):
+      spec = {'driver': 'zarr', 'kvstore': store}
+      return tensorstore.open(spec, open=True, read=True).result()
+
+  def _restore_item(self, item: str, arguments: Any) -> Any:
+    return self._checkpointer.restore(
+      self.folder, args=ocp.args.Composite(**{item: arguments})
+    )[item]
+
+  def _restore_data(self, iterator: grain.DatasetIterator) -> None:
+    """Sets the iterator's state.
+
+    Each process has written its own, all the same, as every process iterates
+    over the same steps. Another number of processes takes the first's.
+    """
+    with self._reading(DATA):
+      folder = self.folder / DATA
+      own = f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+      first = sorted(folder.glob('process_0-of-*.json'))
+      if first and not (folder / own).exists():
+        iterator.set_state(json.loads(first[0].read_text()))
+        return
+      arguments = grain.checkpoint.CheckpointRestore(iterator)
+      self._restore_item(DATA, arguments)
+
+  @contextlib.contextmanager
+  def _reading(self, item: str) -> Iterator[None]:
+    """Turns what reading an item raises into an error that names it."""
+    if not (self.folder / item).is_dir():
+      raise CheckpointError(f'{self.folder}: the item {item} is missing.')
+    try:
+      yield
+    except Exception as error:
+      # Orbax raises a bare Exception for an array whose data are damaged.
+      if type(error) is not Exception and not isinstance(
+        error, (ValueError, KeyError, OSError)
+      ):
+        raise
+      raise CheckpointError(
+        f'{self.folder}: the item {item} cannot be read: '
+        f'{reason(error.__cause__ or error)}'
+      ) from error
+
+  def _check_arrays(self, target: dict[str, Any]) -> None:
+    """Compares names, shapes and dtypes before anything is read.
+
+    Orbax would cast to another dtype without a word.
+    """
+    saved = {
+      path: array
+      for path, array in self.types().items()
+      if path.partition('/')[0] in target
+    }
+    wanted = flatten(target)
+    where = f'{self.folder}: the item {STATE}'
+    for path, array in wanted.items():
+      if path not in saved:
+        raise CheckpointError(f'{where} has no {path}, which the model has.')
+      found = saved[path]
+      for name, found_value, value in (
+        ('shape', found.shape, tuple(array.shape)),
+        ('dtype', str(found.dtype), str(array.dtype)),
+      ):
+        if found_value != value:
+          raise CheckpointError(
+            f'{where} has {path} with {name} {found_value}, and the model has '
+            f'it with {name} {value}.'
+          )
+    for path in saved:
+      if path not in wanted:
+        raise CheckpointError(f'{where} has {path}, which the model has not.')
 
 
 class Checkpoints:
   """The checkpoints of a run; a context manager that waits for them at its end.
 
   Starting one removes what a killed run left half written, so a folder has one
-  writer. A reader takes `keep=0`: it creates, cleans and deletes nothing.
+  of them. To read, take `find_checkpoint`.
   """
 
   def __init__(self, workdir: epath.PathLike, keep: int):
-    """Opens `{workdir}/checkpoints`, to keep the `keep` newest; 0: to read."""
-    self._directory = epath.Path(workdir) / 'checkpoints'
-    if not self._directory.is_absolute():
-      self._directory = self._directory.absolute()
-    if not keep and not self._directory.is_dir():
-      raise CheckpointError(f'{self._directory} is not a folder.')
+    """Opens `{workdir}/checkpoints`, to keep the `keep` newest."""
+    self._directory = absolute(workdir) / 'checkpoints'
     self._manager = ocp.CheckpointManager(
       self._directory,
-      item_handlers={
-        STATE: ocp.PyTreeCheckpointHandler(),
-        DATA: grain.checkpoint.CheckpointHandler(),
-        CONFIG: ocp.JsonCheckpointHandler(CONFIG_FILE),
-        TOKENIZER: _FileHandler(),
-      },
+      item_handlers=_handlers(),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=(
-          ocp.checkpoint_managers.LatestN(keep) if keep else None
-        ),
-        cleanup_tmp_directories=bool(keep),
-        create=bool(keep),
-        save_interval_steps=1 if keep else 0,
-        read_only=not keep,
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=True,
+        save_interval_steps=1,
       ),
     )
 
@@ -116,6 +295,14 @@ class Checkpoints:
     """Returns the folder of a step's checkpoint."""
     return self._directory / str(step)
 
+  def open(self, step: int) -> Checkpoint:
+    """Returns a step's checkpoint, to be read.
+
+    Raises:
+      CheckpointError: there is none, or it is not whole.
+    """
+    return Checkpoint(self.path(step))
+
   def wait(self) -> None:
     """Waits until what is being saved is there; raises if it failed."""
     self._manager.wait_until_finished()
@@ -126,7 +313,7 @@ class Checkpoints:
     state: Any,
     data_iterator: grain.DatasetIterator,
     config: dict[str, Any],
-    tokenizer: bytes,
+    tokenizer: Mapping[str, bytes],
   ) -> bool:
     """Starts to save, and returns when `state` may be donated.
 
@@ -135,151 +322,87 @@ class Checkpoints:
       state: a pytree of arrays.
       data_iterator: its state is taken before this returns.
       config: the configuration, as JSON has it.
-      tokenizer: the sentencepiece model.
+      tokenizer: the tokenizer's files.
 
     Returns:
       Whether the checkpoint is new.
     """
     if step in self._manager.all_steps():
       return False
+    nested = _nest(state)
     return self._manager.save(
       step,
       args=ocp.args.Composite(
         **{
-          STATE: ocp.args.PyTreeSave(_nest(state)),
+          STATE: ocp.args.PyTreeSave(nested, save_args=_chunks(nested)),
           DATA: grain.checkpoint.CheckpointSave(data_iterator),
           CONFIG: ocp.args.JsonSave(config),
-          TOKENIZER: _FileSave(TOKENIZER_FILE, tokenizer),
+          TOKENIZER: FilesSave(tokenizer),
         }
       ),
       force=True,
     )
 
-  def restore(
-    self,
-    step: int,
-    abstract_state: Any,
-    data_iterator: grain.DatasetIterator | None,
-  ) -> Any:
-    """Reads a checkpoint onto the current mesh, whichever mesh wrote it.
 
-    Args:
-      step: of a checkpoint that exists.
-      abstract_state: what `jax.eval_shape` returns for the state, under the
-        mesh. Its outermost entries can be some of the saved ones, as
-        `{'model': ...}` for inference.
-      data_iterator: gets its state set; None: the data's state is not read.
+def find_checkpoint(path: epath.PathLike) -> Checkpoint:
+  """Opens a checkpoint by its own folder, or a run's newest by its workdir.
 
-    Returns:
-      The state, with the structure and the shardings of `abstract_state`.
-
-    Raises:
-      CheckpointError: the checkpoint lacks something, is damaged, or holds
-        another model. Nothing is changed on the disk.
-    """
-    target = _nest(jax.tree.map(_on_current_mesh, abstract_state))
-    self._check_arrays(step, target)
-    with self._reading(step, STATE):
-      arguments = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-      )
-      state = self._restore_item(step, STATE, arguments)
-    if data_iterator is not None:
-      self._restore_data(step, data_iterator)
-    return _unnest(state, abstract_state)
-
-  def read_config(self, step: int) -> dict[str, Any]:
-    """Returns the configuration that was saved."""
-    with self._reading(step, CONFIG):
-      return self._restore_item(step, CONFIG, ocp.args.JsonRestore())
-
-  def read_tokenizer(self, step: int) -> bytes:
-    """Returns the sentencepiece model that was saved."""
-    with self._reading(step, TOKENIZER):
-      arguments = _FileRestore(TOKENIZER_FILE)
-      return self._restore_item(step, TOKENIZER, arguments)
-
-  def _restore_item(self, step: int, item: str, arguments: Any) -> Any:
-    return self._manager.restore(
-      step, args=ocp.args.Composite(**{item: arguments})
-    )[item]
-
-  def _restore_data(self, step: int, iterator: grain.DatasetIterator) -> None:
-    """Sets the iterator's state.
-
-    Each process has written its own, all the same, as every process iterates
-    over the same steps. Another number of processes takes the first's.
-    """
-    with self._reading(step, DATA):
-      folder = self.path(step) / DATA
-      own = f'process_{jax.process_index()}-of-{jax.process_count()}.json'
-      first = sorted(folder.glob('process_0-of-*.json'))
-      if first and not (folder / own).exists():
-        iterator.set_state(json.loads(first[0].read_text()))
-        return
-      arguments = grain.checkpoint.CheckpointRestore(iterator)
-      self._restore_item(step, DATA, arguments)
-
-  @contextlib.contextmanager
-  def _reading(self, step: int, item: str) -> Iterator[None]:
-    """Turns what reading an item raises into an error that names it."""
-    path = self.path(step)
-    if not path.is_dir():
-      steps = ', '.join(str(step) for step in self._manager.all_steps())
-      raise CheckpointError(
-        f'{path} does not exist. The checkpoints here: {steps or "none"}.'
-      )
-    if not (path / item).is_dir():
-      raise CheckpointError(f'{path}: the item {item} is missing.')
-    try:
-      yield
-    except Exception as error:
-      # Orbax raises a bare Exception for an array whose data are damaged.
-      if type(error) is not Exception and not isinstance(
-        error, (ValueError, KeyError, OSError)
-      ):
-        raise
-      raise CheckpointError(
-        f'{path}: the item {item} cannot be read: '
-        f'{_reason(error.__cause__ or error)}'
-      ) from error
-
-  def _check_arrays(self, step: int, target: dict[str, Any]) -> None:
-    """Compares names, shapes and dtypes before anything is read.
-
-    Orbax would cast to another dtype without a word.
-    """
-    with self._reading(step, STATE):
-      handler = ocp.PyTreeCheckpointHandler()
-      metadata = handler.metadata(self.path(step) / STATE)
-    saved = {
-      path: array
-      for path, array in _flatten(metadata.tree).items()
-      if path.partition('/')[0] in target
-    }
-    wanted = _flatten(target)
-    where = f'{self.path(step)}: the item {STATE}'
-    for path, array in wanted.items():
-      if path not in saved:
-        raise CheckpointError(f'{where} has no {path}, which the model has.')
-      found = saved[path]
-      for name, found_value, value in (
-        ('shape', tuple(found.shape), tuple(array.shape)),
-        ('dtype', str(found.dtype), str(array.dtype)),
-      ):
-        if found_value != value:
-          raise CheckpointError(
-            f'{where} has {path} with {name} {found_value}, and the model has '
-            f'it with {name} {value}.'
-          )
-    for path in saved:
-      if path not in wanted:
-        raise CheckpointError(f'{where} has {path}, which the model has not.')
+  Raises:
+    CheckpointError: there is none; the message says what was looked for.
+  """
+  folder = absolute(path)
+  if not folder.is_dir():
+    raise CheckpointError(f'{folder} does not exist.')
+  if (folder / STATE).is_dir():
+    return Checkpoint(folder)
+  steps = _steps(folder)
+  if not steps:
+    raise CheckpointError(
+      f'{folder} is neither a checkpoint (a folder with {STATE}/) nor the '
+      'workdir of a run that has saved one (checkpoints/STEP/).'
+    )
+  return Checkpoint(folder / 'checkpoints' / str(max(steps)))
 
 
-def _reason(error: BaseException) -> str:
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+  """Whether a run has saved a checkpoint."""
+  return bool(_steps(absolute(workdir)))
+
+
+def _steps(workdir: epath.Path) -> list[int]:
+  """Returns the steps of a run's checkpoints that are whole."""
+  folder = workdir / 'checkpoints'
+  return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns a path that does not depend on the current folder."""
+  path = epath.Path(path)
+  return path if path.is_absolute() else path.absolute()
+
+
+def kvstore(folder: epath.Path) -> dict[str, str]:
+  """Returns TensorStore's name of a folder, local or gs://."""
+  path = str(folder)
+  if path.startswith('gs://'):
+    bucket, _, prefix = path.removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{prefix}/'}
+  return {'driver': 'file', 'path': f'{path}/'}
+
+
+def _chunks(nested: dict[str, Any]) -> dict[str, Any]:
+  """Returns how each array is split into chunks: by layer, then by size."""
+
+  def choose(path: tuple, _: Any) -> ocp.SaveArgs:
+    layered = any(getattr(key, 'key', None) == 'blocks' for key in path)
+    return ocp.SaveArgs(
+      chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if layered else ()
+    )
+
+  return jax.tree_util.tree_map_with_path(choose, nested)
+
+
+def reason(error: BaseException) -> str:
   """Returns an error's first line, without TensorStore's dump of its state."""
   lines = str(error).partition(' [tensorstore_spec=')[0].strip().splitlines()
   return lines[0] if lines else type(error).__name__
@@ -307,7 +430,7 @@ def _names(path: tuple) -> list[str]:
   return names
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
   """Returns a tree's leaves by path, `model/blocks/attention/q`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {'/'.join(_names(path)): leaf for path, leaf in leaves}
@@ -329,7 +452,7 @@ def _nest(tree: Any) -> dict[str, Any]:
 
 def _unnest(nested: dict[str, Any], like: Any) -> Any:
   """Undoes `_nest` for a tree of the structure of `like`."""
-  leaves = _flatten(nested)
+  leaves = flatten(nested)
   paths, structure = jax.tree_util.tree_flatten_with_path(like)
   return jax.tree.unflatten(
     structure, [leaves['/'.join(_names(path))] for path, _ in paths]

@@ -18,8 +18,16 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grit_jax import checkpoint as checkpoint_module
 from grit_jax import optimizer
-from grit_jax.checkpoint import CheckpointError, Checkpoints
+from grit_jax.checkpoint import (
+  Checkpoint,
+  CheckpointError,
+  Checkpoints,
+  find_checkpoint,
+  flatten,
+  has_checkpoint,
+)
 from grit_jax.config import OptimizerConfig
 from grit_jax.models import presets
 from grit_jax.models.decoder import Decoder
@@ -27,7 +35,10 @@ from grit_jax.models.decoder import Decoder
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {'model': {'vocab_size': 101, 'dtype': 'float32'}, 'steps': 12}
 # Not text, and long enough for half of it to be missed.
-TOKENIZER = bytes(range(256)) * 8
+TOKENIZER = {
+  'tokenizer.json': bytes(range(256)) * 8,
+  'tokenizer_config.json': b'{}',
+}
 TRANSFORMATION = optimizer.make_optimizer(OptimizerConfig(), 10)
 
 
@@ -103,10 +114,9 @@ def saved(tmp_path_factory, mesh_of) -> tuple[pathlib.Path, dict]:
 def test_state_is_bitwise_the_same_on_any_mesh(saved, mesh_of, shape):
   workdir, expected = saved
   mesh = mesh_of(*shape)
-  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
-    assert checkpoints.latest() == 7
+  with jax.set_mesh(mesh):
     wanted = abstract_state()
-    state = checkpoints.restore(7, wanted, None)
+    state = find_checkpoint(workdir).restore(wanted)
     assert_equal(state, expected)
     leaves = zip(*map(jax.tree.leaves, (state, wanted)), strict=True)
     for x, type_ in leaves:
@@ -116,26 +126,23 @@ def test_state_is_bitwise_the_same_on_any_mesh(saved, mesh_of, shape):
 
 def test_state_is_restored_without_a_mesh(saved):
   workdir, expected = saved
-  with Checkpoints(workdir, keep=0) as checkpoints:
-    state = checkpoints.restore(
-      7, {'step': jax.ShapeDtypeStruct((), jnp.int32)}, None
-    )
+  wanted = {'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  state = find_checkpoint(workdir).restore(wanted)
   assert_equal(state, {'step': expected['step']})
 
 
 def test_the_model_alone_can_be_restored(saved, mesh_of):
   workdir, expected = saved
   mesh = mesh_of(1, 8, 1)
-  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
+  with jax.set_mesh(mesh):
     wanted = {'model': abstract_state()['model']}
-    state = checkpoints.restore(7, wanted, None)
+    state = find_checkpoint(workdir).restore(wanted)
   assert_equal(state, {'model': expected['model']})
 
 
 def test_arrays_are_saved_under_the_names_in_the_code(saved):
   workdir, expected = saved
-  with Checkpoints(workdir, keep=0) as checkpoints:
-    folder = checkpoints.path(7) / 'state'
+  folder = find_checkpoint(workdir).folder / 'state'
   tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
   names = nnx.to_pure_dict(nnx.state(expected['model']))
   saved_structure = jax.tree.structure(jax.tree.map(lambda _: 0, tree['model']))
@@ -148,24 +155,25 @@ def test_data_config_and_tokenizer_are_restored(saved, mesh_of):
   workdir, _ = saved
   iterator = make_iterator()
   mesh = mesh_of(1, 8, 1)
-  with Checkpoints(workdir, keep=0) as checkpoints, jax.set_mesh(mesh):
+  checkpoint = find_checkpoint(workdir)
+  with jax.set_mesh(mesh):
     wanted = {'step': abstract_state()['step']}
-    checkpoints.restore(7, wanted, iterator)
-    assert advance(iterator, 3) == [49, 64, 81]
-    assert checkpoints.read_config(7) == CONFIG
-    assert checkpoints.read_tokenizer(7) == TOKENIZER
-    path = checkpoints.path(7) / 'tokenizer' / 'tokenizer.model'
-    assert path.read_bytes() == TOKENIZER
+    checkpoint.restore(wanted, iterator)
+  assert advance(iterator, 3) == [49, 64, 81]
+  assert checkpoint.read_config() == CONFIG
+  assert checkpoint.read_tokenizer() == TOKENIZER
+  for name, content in TOKENIZER.items():
+    assert (checkpoint.folder / 'tokenizer' / name).read_bytes() == content
 
 
 def test_data_is_restored_on_another_number_of_processes(saved, tmp_path):
   workdir = shutil.copytree(saved[0], tmp_path / 'copy')
   iterator = make_iterator()
-  with Checkpoints(workdir, keep=0) as checkpoints:
-    folder = checkpoints.path(7) / 'data'
-    (folder / 'process_0-of-1.json').rename(folder / 'process_0-of-4.json')
-    step = {'step': jax.ShapeDtypeStruct((), jnp.int32)}
-    checkpoints.restore(7, step, iterator)
+  checkpoint = find_checkpoint(workdir)
+  folder = checkpoint.folder / 'data'
+  (folder / 'process_0-of-1.json').rename(folder / 'process_0-of-4.json')
+  step = {'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  checkpoint.restore(step, iterator)
   assert advance(iterator, 1) == [49]
 
 
@@ -184,8 +192,8 @@ def test_the_newest_are_kept_and_an_existing_one_is_not_replaced(tmp_path):
   # A run that goes on from an older step comes by the newer ones again.
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     assert not checkpoints.save(5, state, make_iterator(), {}, TOKENIZER)
-    assert checkpoints.read_config(5) == {'step': 5}
-    assert checkpoints.read_config(9) == {'step': 9}
+    assert checkpoints.open(5).read_config() == {'step': 5}
+    assert checkpoints.open(9).read_config() == {'step': 9}
 
 
 def test_the_state_can_be_donated_while_it_is_being_saved(tmp_path):
@@ -204,7 +212,7 @@ def test_the_state_can_be_donated_while_it_is_being_saved(tmp_path):
       values = donate(values)
     jax.block_until_ready(values)
     checkpoints.wait()
-    assert_equal(checkpoints.restore(1, types, None), expected)
+    assert_equal(checkpoints.open(1).restore(types), expected)
 
 
 def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
@@ -219,13 +227,13 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
 
     iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
     with Checkpoints(sys.argv[1], keep=2) as checkpoints:
-      checkpoints.save(1, state(1), iterator, {}, b'tokens')
+      checkpoints.save(1, state(1), iterator, {}, {'tokens': b'x'})
       checkpoints.wait()
       async def hang(*_):
         print('saving', flush=True)
         time.sleep(60)
       ocp.JsonCheckpointHandler._save_fn = hang
-      checkpoints.save(2, state(2), iterator, {}, b'tokens')
+      checkpoints.save(2, state(2), iterator, {}, {'tokens': b'x'})
   """
   child = subprocess.Popen(
     [sys.executable, '-c', textwrap.dedent(program), str(tmp_path)],
@@ -240,24 +248,26 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
   names = sorted(path.name for path in folder.iterdir())
   assert len(names) == 2 and names[0] == '1' and names[1] != '2', names
   wanted = {'weight': jax.ShapeDtypeStruct((64, 64), jnp.float32)}
-  with Checkpoints(tmp_path, keep=0) as reader:
-    assert reader.latest() == 1
+  assert find_checkpoint(tmp_path).folder.name == '1'
+  with pytest.raises(CheckpointError, match='not written to its end'):
+    Checkpoint(folder / names[1])
   assert len(list(folder.iterdir())) == 2, 'a reader has cleaned'
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     assert checkpoints.latest() == 1
-    state = checkpoints.restore(1, wanted, make_iterator())
+    state = checkpoints.open(1).restore(wanted, make_iterator())
     np.testing.assert_array_equal(state['weight'], np.ones((64, 64)))
     # Another step than the killed one, whose folder has to go by itself.
-    assert checkpoints.save(3, state, make_iterator(), {}, b'tokens')
+    assert checkpoints.save(3, state, make_iterator(), {}, TOKENIZER)
     checkpoints.wait()
     assert checkpoints.latest() == 3
   assert sorted(path.name for path in folder.iterdir()) == ['1', '3']
 
 
-def read_all(checkpoints: Checkpoints, wanted: dict) -> None:
-  checkpoints.restore(7, wanted, make_iterator())
-  checkpoints.read_config(7)
-  checkpoints.read_tokenizer(7)
+def read_all(workdir: pathlib.Path, wanted: dict) -> None:
+  checkpoint = find_checkpoint(workdir)
+  checkpoint.restore(wanted, make_iterator())
+  checkpoint.read_config()
+  checkpoint.read_tokenizer()
 
 
 @pytest.fixture
@@ -267,9 +277,8 @@ def check_refused(mesh_of) -> Callable[..., None]:
 
   def check(workdir: pathlib.Path, *parts: str, **changes: int | str) -> None:
     before = listing(workdir)
-    with Checkpoints(workdir, keep=1) as checkpoints, jax.set_mesh(mesh):
-      with pytest.raises(CheckpointError) as error:
-        read_all(checkpoints, abstract_state(**changes))
+    with jax.set_mesh(mesh), pytest.raises(CheckpointError) as error:
+      read_all(workdir, abstract_state(**changes))
     message = str(error.value)
     assert message.startswith(str(workdir / 'checkpoints' / '7'))
     for part in parts:
@@ -289,7 +298,8 @@ def check_refused(mesh_of) -> Callable[..., None]:
     ('state/ocdbt.process_0/d/*', 'state'),
     ('data/process_0-of-1.json', 'data'),
     ('config/config.json', 'config'),
-    ('tokenizer/tokenizer.model', 'tokenizer'),
+    ('tokenizer/tokenizer.json', 'tokenizer'),
+    ('tokenizer/checksums.json', 'tokenizer'),
   ],
 )
 def test_a_damaged_file_is_refused(
@@ -317,20 +327,56 @@ def test_a_relative_workdir_is_taken(tmp_path, monkeypatch):
   with Checkpoints('run', keep=1) as checkpoints:
     checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER)
     checkpoints.wait()
-    assert checkpoints.read_config(1) == CONFIG
+    assert checkpoints.open(1).read_config() == CONFIG
   assert (tmp_path / 'run' / 'checkpoints' / '1').is_dir()
 
 
-def test_a_missing_step_is_named_with_those_there_are(saved):
-  with Checkpoints(saved[0], keep=0) as checkpoints:
-    with pytest.raises(CheckpointError, match='8 does not exist.*here: 7'):
-      checkpoints.read_config(8)
-
-
-def test_a_reader_needs_checkpoints(tmp_path):
-  with pytest.raises(CheckpointError, match='checkpoints is not a folder'):
-    Checkpoints(tmp_path, keep=0)
+def test_what_is_no_checkpoint_is_refused_and_left_alone(saved, tmp_path):
+  assert has_checkpoint(saved[0]) and not has_checkpoint(tmp_path)
+  with pytest.raises(CheckpointError, match='8 does not exist'):
+    Checkpoint(saved[0] / 'checkpoints' / '8')
+  with pytest.raises(CheckpointError, match='nor the workdir of a run'):
+    find_checkpoint(tmp_path)
+  with pytest.raises(CheckpointError, match='none does not exist'):
+    find_checkpoint(tmp_path / 'none')
   assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_found_by_its_own_folder(saved):
+  folder = saved[0] / 'checkpoints' / '7'
+  assert find_checkpoint(folder).folder == find_checkpoint(saved[0]).folder
+
+
+def test_arrays_are_read_slice_by_slice(saved):
+  checkpoint = find_checkpoint(saved[0])
+  expected = flatten(saved[1])
+  types = checkpoint.types()
+  assert {path: (x.shape, x.dtype) for path, x in types.items()} == {
+    path: (x.shape, x.dtype) for path, x in expected.items()
+  }
+  for path in ('model/blocks/mlp/down', 'model/embed', 'step'):
+    array = checkpoint.open_array(path)
+    np.testing.assert_array_equal(array.read().result(), expected[path])
+    if array.rank:
+      part = array[1:2].read().result()
+      np.testing.assert_array_equal(part, expected[path][1:2])
+
+
+def test_layers_are_stored_apart_and_large_arrays_in_stretches(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(checkpoint_module, 'CHUNK_BYTES', 4096)
+  layers = jnp.zeros((6, 8, 4), jnp.float32)
+  table = jnp.zeros((1024, 8), jnp.float32)
+  state = {'model': {'blocks': {'q': layers}, 'embed': table}}
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER)
+  checkpoint = find_checkpoint(tmp_path)
+  for path, shape in (
+    ('model/blocks/q', (1, 8, 4)),
+    ('model/embed', (128, 8)),
+  ):
+    assert checkpoint.open_array(path).chunk_layout.read_chunk.shape == shape
 
 
 def test_another_shape_is_named_with_both(saved, check_refused):
