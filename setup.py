@@ -22,20 +22,26 @@ REQUIREMENTS = [
   'numpy>=2.3',
   'optax>=0.2.8',
   'orbax-checkpoint>=0.12.8',
+  'safetensors>=0.6',
   'scikit-learn>=1.7',
   'sentencepiece>=0.2.1',
   'tensorboardX>=2.6.4',
   'tensorflow-datasets>=4.9.10',
+  'tensorstore>=0.1.78',
+  'tokenizers>=0.22',
   'tqdm>=4.67',
 ]
 
 EXTRAS = {
-  # PyTorch is in tests alone, as the independent side of a comparison; on
-  # newer Pythons those comparisons are skipped.
+  # PyTorch and the tools that exports are for are in tests alone, as the
+  # independent side of a comparison; on newer Pythons those are skipped.
   'test': [
     'pytest>=8.4',
     'ruff>=0.14',
+    'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
+    'mteb>=2.26; python_version < "3.12"',
+    'sentence-transformers>=6.2; python_version < "3.12"',
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],

@@ -7,15 +7,14 @@ again with the same command, a run goes on where it stopped.
 import dataclasses
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import grain
 import jax
-import numpy as np
+import optax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -23,18 +22,32 @@ from ml_collections import config_flags
 from grit_jax import config as configuration
 from grit_jax import optimizer as optimizers
 from grit_jax import sharding
-from grit_jax.checkpoint import CheckpointError, Checkpoints
+from grit_jax.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from grit_jax.config import Config, ConfigError
+from grit_jax.convert import ConvertError
 from grit_jax.data import records
-from grit_jax.data.dataset import Dataset, EmptySplitError, prepare
+from grit_jax.data.dataset import Dataset
 from grit_jax.data.formats import FormatError
-from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
+from grit_jax.data.pipeline import Pipeline
+from grit_jax.data.preparation import (
+  check_kinds,
+  fit_vocabulary,
+  prepare_data,
+  train_or_load_tokenizer,
+)
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, Source, sources
-from grit_jax.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from grit_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from grit_jax.evaluate.held_out import HeldOutEvaluation
+from grit_jax.initial import (
+  InitialModel,
+  load_model,
+  open_initial,
+  take_architecture,
+)
+from grit_jax.loop import Loop, NonFiniteLossError, StopOnSignal
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
-from grit_jax.models.decoder import count_parameters
+from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.sharding import MeshError
 
@@ -48,14 +61,11 @@ _CHANGEABLE = ('mesh', 'memory', 'checkpoint', 'evaluation', 'log_every')
 _FIXED = 'evaluation.held_out_fraction'
 
 
-class NonFiniteLossError(RuntimeError):
-  """The loss or the gradient is not a number any more."""
-
-
 # What ends in one message instead of a traceback: the user can mend these.
 USER_ERRORS = (
   CheckpointError,
   ConfigError,
+  ConvertError,
   FileNotFoundError,
   FormatError,
   MeshError,
@@ -97,222 +107,156 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   Raises:
     One of `USER_ERRORS`, before any work is lost.
   """
-  stop = _StopOnSignal()
+  stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
+  initial = _open_initial(config, workdir)
+  if initial is not None:
+    config = take_architecture(config, initial)
   sharding.validate(config, mesh)
   workdir.mkdir(parents=True, exist_ok=True)
   found = sources(config.data.paths, workdir / 'tfds')
-  _check_kinds(config, found)
+  check_kinds(config, found)
 
-  tokenizer = load_tokenizer(config, workdir, found)
+  tokenizer = _find_tokenizer(config, workdir, found, initial)
   config = fit_vocabulary(config, tokenizer)
   train_sets = prepare_data(config, workdir, found, tokenizer, TRAIN)
+  held_out = {}
+  if config.evaluation.enabled:
+    held_out = prepare_data(config, workdir, found, tokenizer, HELD_OUT)
   pipeline = Pipeline(
     config,
     train_sets[records.EMBEDDING],
     train_sets[records.GENERATIVE],
     sharding.row_shards(mesh),
   )
-  batches = pipeline.iterate()
-  _report_data(config, pipeline, train_sets)
+  _report_plan(config, pipeline)
 
-  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-  schedule = optimizers.make_schedule(config.optimizer, config.steps)
-  train_step = make_train_step(config, optimizer, schedule)
   with (
     jax.set_mesh(mesh),
     Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
   ):
-    latest = checkpoints.latest()
-    _check_same_run(config, checkpoints, latest)
-    _write_json(workdir / 'config.json', dataclasses.asdict(config))
-    initialise = jax.jit(partial(create_state, config, optimizer))
-    if latest is None:
-      state = initialise(jax.random.key(config.seed))
-      start = 0
-    else:
-      abstract = jax.eval_shape(initialise, jax.random.key(config.seed))
-      state = checkpoints.restore(latest, abstract, batches)
-      start = latest
-      logging.info('Going on from %s.', checkpoints.path(latest))
-    logging.info(
-      '%.1f million weights on a mesh of %s.',
-      count_parameters(config.model) / 1e6,
-      dict(mesh.shape),
+    return _run(
+      config, workdir, tokenizer, pipeline, held_out, initial, checkpoints, stop
     )
 
-    evaluation, held_out = None, {}
-    if config.evaluation.enabled:
-      held_out = prepare_data(config, workdir, found, tokenizer, HELD_OUT)
-    if any(held_out.values()):
-      evaluation = HeldOutEvaluation(
-        config,
-        mesh,
-        tokenizer,
-        held_out[records.EMBEDDING],
-        held_out[records.GENERATIVE],
-      )
-      _evaluate_before(workdir, evaluation, state, start)
 
-    save = partial(
-      checkpoints.save,
-      data_iterator=batches,
-      config=dataclasses.asdict(config),
-      tokenizer=tokenizer.model_bytes,
-    )
-    with MetricsWriter(workdir, start, config.steps) as writer:
-      loop = _Loop(config, pipeline, checkpoints, writer)
-      state, step = loop.run(train_step, state, batches, mesh, save, stop)
-    if stop.requested:
-      logging.info(
-        'Stopped by a signal after step %d, which is saved; the same command '
-        'goes on.',
-        step,
-      )
-      return {}
-    plot_losses(workdir)
-    if evaluation is None:
-      return {}
-    return _evaluate_after(workdir, evaluation, state)
-
-
-class _StopOnSignal:
-  """Remembers a SIGTERM (or Ctrl-C), so that the loop can save and end."""
-
-  def __init__(self):
-    self.requested = False
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._request)
-
-  def _request(self, number: int, frame: Any) -> None:
-    del frame
-    self.requested = True
-    # A second one ends the process at once.
-    signal.signal(number, signal.SIG_DFL)
-
-
-def _check_kinds(config: Config, found: list[Source]) -> None:
-  """Checks that there is data for each stream of the mode."""
-  kinds = {source.kind for source in found}
-  for needed, kind in (
-    (config.objective.has_embedding, records.EMBEDDING),
-    (config.objective.has_generative, records.GENERATIVE),
-  ):
-    if needed and kind not in kinds:
-      raise ConfigError(
-        f'objective.mode={config.objective.mode} needs {kind} records, and '
-        f'data.paths={config.data.paths!r} has none. Add some, or choose '
-        'another mode.'
-      )
-
-
-def load_tokenizer(
-  config: Config, workdir: epath.Path, found: list[Source]
-) -> Tokenizer:
-  """Returns the tokenizer that is given, or one trained on the data."""
-  if config.data.tokenizer:
-    return Tokenizer.load(config.data.tokenizer)
-  path = workdir / 'tokenizer.model'
-  if not path.exists():
-    logging.info(
-      'Training a tokenizer of %d pieces.', config.data.tokenizer_pieces
-    )
-    fraction = config.evaluation.held_out_fraction
-    texts = (
-      text
-      for source in found
-      for number, line in source.read(TRAIN, fraction)
-      for text in records.strings_of(source.parse(TRAIN, number, line))
-    )
-    model = train_tokenizer(texts, config.data.tokenizer_pieces)
-    partial_path = workdir / 'tokenizer.model.partial'
-    partial_path.write_bytes(model)
-    partial_path.replace(path)
-  return Tokenizer.load(path)
-
-
-def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-  """Returns the config with the vocabulary that the tokenizer needs.
-
-  Raises:
-    ConfigError: the model's vocabulary is smaller.
-  """
-  size = config.model.vocab_size
-  if size and size < tokenizer.vocab_size:
-    raise ConfigError(
-      f'model.vocab_size={size}, but the tokenizer has '
-      f'{tokenizer.vocab_size} pieces; 0 takes the number from it.'
-    )
-  model = dataclasses.replace(
-    config.model, vocab_size=size or tokenizer.vocab_size
+def _run(
+  config: Config,
+  workdir: epath.Path,
+  tokenizer: Tokenizer,
+  pipeline: Pipeline,
+  held_out: dict[str, list[Dataset]],
+  initial: InitialModel | None,
+  checkpoints: Checkpoints,
+  stop: StopOnSignal,
+) -> dict[str, Any]:
+  """Trains on what is prepared, and evaluates before and after."""
+  mesh = jax.sharding.get_mesh()
+  _check_same_run(config, checkpoints)
+  _write_json(workdir / 'config.json', dataclasses.asdict(config))
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+  batches = pipeline.iterate()
+  state = _start_state(config, optimizer, initial, checkpoints, batches)
+  start = int(state.step)
+  logging.info(
+    '%.1f million weights on a mesh of %s.',
+    count_parameters(config.model) / 1e6,
+    dict(mesh.shape),
   )
-  return dataclasses.replace(config, model=model)
+
+  evaluation = None
+  if any(held_out.values()):
+    evaluation = HeldOutEvaluation(
+      config,
+      mesh,
+      tokenizer,
+      held_out[records.EMBEDDING],
+      held_out[records.GENERATIVE],
+    )
+    _evaluate_before(workdir, evaluation, state, start)
+
+  schedule = optimizers.make_schedule(config.optimizer, config.steps)
+  train_step = make_train_step(config, optimizer, schedule)
+  save = partial(
+    checkpoints.save,
+    data_iterator=batches,
+    config=dataclasses.asdict(config),
+    tokenizer=tokenizer.files,
+  )
+  with MetricsWriter(workdir, start, config.steps) as writer:
+    loop = Loop(config, pipeline, checkpoints, writer)
+    state, step = loop.run(train_step, state, batches, mesh, save, stop)
+  if stop.requested:
+    logging.info(
+      'Stopped by a signal after step %d%s; the same command goes on.',
+      step,
+      ', which is saved' if step else '',
+    )
+    return {}
+  plot_losses(workdir)
+  if evaluation is None:
+    return {}
+  return _evaluate_after(workdir, evaluation, state)
 
 
-def prepare_data(
+def _open_initial(config: Config, workdir: epath.Path) -> InitialModel | None:
+  """Opens what the weights come from; None: they are drawn at random.
+
+  A run that has saved a checkpoint needs its `init_from` no more: the
+  checkpoint has the architecture and the tokenizer too.
+  """
+  if not config.init_from:
+    return None
+  if has_checkpoint(workdir):
+    return open_initial(workdir)
+  return open_initial(config.init_from)
+
+
+def _find_tokenizer(
   config: Config,
   workdir: epath.Path,
   found: list[Source],
-  tokenizer: Tokenizer,
-  split: str,
-) -> dict[str, list[Dataset]]:
-  """Tokenizes the data, or opens what is tokenized; data sets by kind.
+  initial: InitialModel | None,
+) -> Tokenizer:
+  """Returns the tokenizer that is given, the model's, or a trained one."""
+  if config.data.tokenizer:
+    return load_tokenizer(config.data.tokenizer)
+  if initial is not None:
+    return initial.tokenizer
+  return train_or_load_tokenizer(config, workdir, found)
 
-  The streams that the mode lacks are empty, as is a split that holds nothing
-  out.
+
+def _start_state(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  initial: InitialModel | None,
+  checkpoints: Checkpoints,
+  batches: grain.DatasetIterator,
+) -> TrainState:
+  """Returns the newest checkpoint's state, or the one that a run begins with.
+
+  The state of a checkpoint's data goes into `batches`.
   """
-  data, objective = config.data, config.objective
-  fraction = config.evaluation.held_out_fraction
-  prepared: dict[str, list[Dataset]] = {
-    records.EMBEDDING: [],
-    records.GENERATIVE: [],
-  }
-  used = {
-    records.EMBEDDING: objective.has_embedding,
-    records.GENERATIVE: objective.has_generative,
-  }
-  for source in found:
-    if not used[source.kind]:
-      continue
-    try:
-      dataset = prepare(
-        source,
-        split,
-        tokenizer,
-        data.cache_dir or workdir / 'data',
-        max_query_tokens=data.max_query_tokens,
-        max_passage_tokens=data.max_passage_tokens,
-        max_generative_tokens=data.max_generative_tokens,
-        min_negatives=data.num_passages - 1,
-        held_out_fraction=fraction,
-      )
-    except EmptySplitError as error:
-      if split == TRAIN:
-        raise
-      logging.warning('Not in the evaluation: %s', error)
-      continue
-    prepared[source.kind].append(dataset)
-  return prepared
+  key = jax.random.key(config.seed)
+  draw = jax.jit(partial(Decoder, config.model))
+  latest = checkpoints.latest()
+  if latest is not None:
+    abstract = jax.eval_shape(
+      lambda key: create_state(optimizer, draw(key)), key
+    )
+    state = checkpoints.open(latest).restore(abstract, batches)
+    logging.info('Going on from %s.', checkpoints.path(latest))
+    return state
+  if initial is None:
+    model = draw(key)
+  else:
+    model = load_model(config, initial, key)
+  create = jax.jit(partial(create_state, optimizer), donate_argnums=0)
+  return create(model)
 
 
-def _report_data(
-  config: Config, pipeline: Pipeline, sets: dict[str, list[Dataset]]
-) -> None:
-  """Says what the run trains on, and what was cut or dropped of it."""
-  for kind, datasets in sets.items():
-    for dataset in datasets:
-      report = dataset.report
-      logging.info(
-        '%s (%s): %d records, %.2f million tokens; %d texts cut by %d tokens; '
-        'dropped: %s.',
-        dataset.name,
-        kind,
-        report.records,
-        report.tokens / 1e6,
-        report.cut_texts,
-        report.cut_tokens,
-        report.dropped or 'none',
-      )
+def _report_plan(config: Config, pipeline: Pipeline) -> None:
+  """Says how often the run sees its data, and in which shapes."""
   for name, needed in (
     ('embedding', config.objective.has_embedding),
     ('generative', config.objective.has_generative),
@@ -333,13 +277,12 @@ def _report_data(
   )
 
 
-def _check_same_run(
-  config: Config, checkpoints: Checkpoints, latest: int | None
-) -> None:
+def _check_same_run(config: Config, checkpoints: Checkpoints) -> None:
   """Checks that the workdir's run has this configuration."""
+  latest = checkpoints.latest()
   if latest is None:
     return
-  kept = checkpoints.read_config(latest)
+  kept = checkpoints.open(latest).read_config()
   now = json.loads(json.dumps(dataclasses.asdict(config)))
   changed = [
     f'{key}: {before!r}, now {after!r}'
@@ -365,88 +308,6 @@ def _differences(
     elif old != new:
       found.append((prefix + name, old, new))
   return found
-
-
-class _Loop:
-  """The training loop, which never waits for the step just dispatched."""
-
-  def __init__(
-    self,
-    config: Config,
-    pipeline: Pipeline,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-  ):
-    self.config, self.pipeline = config, pipeline
-    self.checkpoints, self.writer = checkpoints, writer
-    self.logged_at = time.perf_counter()
-    self.useful_tokens = 0
-
-  def run(
-    self,
-    train_step: Any,
-    state: TrainState,
-    batches: Any,
-    mesh: jax.sharding.Mesh,
-    save: Any,
-    stop: _StopOnSignal,
-  ) -> tuple[TrainState, int]:
-    """Trains until the last step or a signal; returns the steps done."""
-    step = int(state.step)
-    pending = None
-    while step < self.config.steps and not stop.requested:
-      host = next(batches)
-      state, metrics = train_step(state, place_batch(mesh, host.batch))
-      step += 1
-      if pending is not None:
-        self._report(*pending)
-      pending = (step, metrics, host)
-      if step % self.config.checkpoint.every_steps == 0:
-        self._report(*pending)
-        pending = None
-        save(step, state)
-    if pending is not None:
-      self._report(*pending)
-    if step and step != self.checkpoints.latest():
-      save(step, state)
-    self.checkpoints.wait()
-    return state, step
-
-  def _report(self, step: int, metrics: Any, host: HostBatch) -> None:
-    """Checks and, every `log_every` steps, writes a step's metrics."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    self._check_finite(step, metrics)
-    self.useful_tokens += host.useful_tokens
-    last = step == self.config.steps
-    if step % self.config.log_every and step != 1 and not last:
-      self.writer.advance(step)
-      return
-    now = time.perf_counter()
-    self.writer.write(
-      step,
-      {
-        **metrics,
-        'tokens_per_second': self.useful_tokens / (now - self.logged_at),
-        # Of this step alone, so that a resumed run's lines are the same.
-        'padding_fraction': 1 - host.useful_tokens / host.computed_tokens,
-      },
-    )
-    self.logged_at = now
-    self.useful_tokens = 0
-
-  def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
-    """Stops a run whose loss or gradient is not finite any more."""
-    if np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm']):
-      return
-    self.checkpoints.wait()
-    latest = self.checkpoints.latest()
-    good = 'none' if latest is None else self.checkpoints.path(latest)
-    names = self.pipeline.plan.describe_records(step - 1)
-    raise NonFiniteLossError(
-      f'step {step}: loss={metrics["loss"]}, '
-      f'grad_norm={metrics["grad_norm"]}. Last good checkpoint: {good}. '
-      f'Records of the batch: {", ".join(names)}'
-    )
 
 
 def _evaluate_before(

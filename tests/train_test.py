@@ -292,6 +292,50 @@ def test_corrupt_checkpoint_is_named_and_kept(whole_run, folder, tmp_path):
   assert arrays.is_dir()
 
 
+def from_another(folder: pathlib.Path, source: pathlib.Path) -> Config:
+  """The small run's configuration, starting from a model on the disk."""
+  model = dataclasses.replace(presets.of_init_from(), dtype='float32')
+  return dataclasses.replace(
+    make_config(folder), model=model, init_from=str(source), steps=4
+  )
+
+
+def test_run_starts_where_the_run_it_is_from_has_ended(
+  whole_run, folder, tmp_path
+):
+  _, workdir, _ = whole_run
+  run(from_another(folder, workdir), tmp_path / 'run')
+  before, after = (
+    json.loads((place / 'evaluation.json').read_text())[name]
+    for place, name in ((tmp_path / 'run', 'before'), (workdir, 'after'))
+  )
+  # On eight devices what one has computed.
+  for name, value in after.items():
+    np.testing.assert_allclose(before[name], value, rtol=MESH_TOLERANCE)
+  kept = json.loads((tmp_path / 'run' / 'config.json').read_text())['model']
+  assert kept['embed_dim'] == presets.tiny().embed_dim
+  # It does not train a tokenizer of its own.
+  assert not (tmp_path / 'run' / 'tokenizer.model').exists()
+
+
+def test_run_resumes_when_what_it_started_from_is_gone(
+  whole_run, folder, tmp_path
+):
+  _, workdir, _ = whole_run
+  source = tmp_path / 'source'
+  shutil.copytree(workdir / 'checkpoints' / str(STEPS), source)
+  config = from_another(folder, source)
+  run(config, tmp_path / 'run')
+  expected = read_metrics(tmp_path / 'run')
+  shutil.rmtree(source)
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
+  run(config, tmp_path / 'run')
+  assert read_metrics(tmp_path / 'run') == expected
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  with pytest.raises(CheckpointError, match='source is neither'):
+    run(config, tmp_path / 'run')
+
+
 def test_another_config_in_the_workdir_is_refused(whole_run, folder, tmp_path):
   _, workdir, _ = whole_run
   config = dataclasses.replace(make_config(folder), seed=1)
@@ -386,7 +430,12 @@ def test_shipped_config_is_valid(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = configuration.resolve(module.get_config())
+  values = module.get_config()
+  # What only a user can name.
+  values.data.paths = values.data.paths or 'folder'
+  if not values.model.embed_dim:
+    values.init_from = 'folder'
+  config = configuration.resolve(values)
   assert config.steps > 0 and module.__doc__
 
 

@@ -1,0 +1,92 @@
+"""Converts models: `python -m grit_jax.convert from_hf|to_hf --help`."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from grit_jax.checkpoint import CheckpointError
+from grit_jax.config import ConfigError
+from grit_jax.convert import ConvertError
+from grit_jax.convert.from_hf import from_hf
+from grit_jax.convert.to_hf import DTYPES, MAX_SHARD_BYTES, to_hf
+from grit_jax.data.tokenizer import TokenizerError
+
+USER_ERRORS = (CheckpointError, ConfigError, ConvertError, TokenizerError)
+
+_UNITS = {'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
+
+
+def parse_size(text: str) -> int:
+  """Returns the bytes that a size such as `5GB` is."""
+  match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)', text.upper())
+  size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if not size:
+    raise argparse.ArgumentTypeError(f'{text!r} is not a size such as 5GB')
+  return size
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+  """Returns the command and its flags."""
+  parser = argparse_flags.ArgumentParser(
+    prog='python -m grit_jax.convert', description='Converts models.'
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  command = commands.add_parser(
+    'from_hf', help='a Hugging Face folder into a checkpoint'
+  )
+  command.add_argument('--source', required=True, help='the folder; local')
+  command.add_argument(
+    '--target', required=True, help='the checkpoint; it must not exist'
+  )
+  command = commands.add_parser(
+    'to_hf', help="a run's model into a folder that other tools load"
+  )
+  command.add_argument(
+    '--source',
+    required=True,
+    help="a run's workdir, for its newest checkpoint, or a checkpoint",
+  )
+  command.add_argument(
+    '--target', required=True, help='the folder; local, it must not exist'
+  )
+  command.add_argument(
+    '--dtype', choices=DTYPES, help='of the weights (default: as stored)'
+  )
+  command.add_argument(
+    '--max_shard_size',
+    type=parse_size,
+    default=MAX_SHARD_BYTES,
+    help='of a file of weights, at most (default: 5GB)',
+  )
+  return parser.parse_args(argv[1:])
+
+
+def main(flags: argparse.Namespace) -> None:
+  """Converts as the flags say; a mistake of the user's ends in one message."""
+  # Of the libraries underneath, nothing: their errors are raised.
+  package = os.path.dirname(os.path.dirname(__file__))
+  logging.get_absl_handler().addFilter(
+    lambda record: record.pathname.startswith(package)
+  )
+  logging.set_verbosity(logging.INFO)
+  # All is the host's work: an accelerator may be busy, or somebody else's.
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    if flags.command == 'from_hf':
+      from_hf(flags.source, flags.target)
+    else:
+      to_hf(flags.source, flags.target, flags.dtype, flags.max_shard_size)
+  except USER_ERRORS as error:
+    sys.exit(f'grit_jax: error: {error}')
+  except KeyboardInterrupt:
+    sys.exit(f'grit_jax: stopped; {flags.target} is not written.')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

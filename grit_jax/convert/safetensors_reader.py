@@ -1,0 +1,162 @@
+"""Reads a folder's safetensors files, a part of a tensor at a time."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from grit_jax.convert import ConvertError
+
+ONE_FILE = 'model.safetensors'
+INDEX_FILE = 'model.safetensors.index.json'
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+
+_PYTORCH_SUFFIXES = ('.bin', '.pth', '.pt', '.ckpt')
+_LFS_POINTER = b'version https://git-lfs'
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor in a file.
+
+  Attributes:
+    name: Its name there.
+    file: The file.
+    dtype: Its dtype's name in numpy: float32, bfloat16 or float16.
+    shape: Its shape.
+  """
+
+  name: str
+  file: pathlib.Path
+  dtype: str
+  shape: tuple[int, ...]
+
+  def read(self, *window: slice) -> np.ndarray:
+    """Reads a part, a slice an axis, in `dtype`.
+
+    The file is opened anew: the pages of a mapped file count as this process's
+    memory for as long as it is open.
+
+    Raises:
+      ConvertError: the file cannot be read any more.
+    """
+    try:
+      with safe_open(self.file, 'numpy') as file:
+        return file.get_slice(self.name)[window]
+    except (OSError, SafetensorError) as error:
+      raise ConvertError(f'{self.file} cannot be read: {error}') from error
+
+
+def find_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+  """Returns all tensors of a folder by name; reads the files' headers alone.
+
+  Args:
+    folder: has `model.safetensors`, or `model.safetensors.index.json` and the
+      files that it names.
+
+  Raises:
+    ConvertError: there are none, a file is damaged or of another dtype, or the
+      index contradicts the files.
+  """
+  one_file, index_file = folder / ONE_FILE, folder / INDEX_FILE
+  if one_file.exists() and index_file.exists():
+    raise ConvertError(
+      f'{folder} has both {ONE_FILE} and {INDEX_FILE}: remove one of them.'
+    )
+  if one_file.exists():
+    return {tensor.name: tensor for tensor in _read_header(one_file)}
+  if not index_file.exists():
+    raise ConvertError(f'{folder} has no {ONE_FILE}{_explain(folder)}.')
+  files = _read_index(index_file)
+  tensors: dict[str, StoredTensor] = {}
+  for file in sorted(set(files.values())):
+    for tensor in _read_header(folder / file):
+      if tensor.name in tensors:
+        raise ConvertError(
+          f'{folder}: {tensor.name} is in two files, '
+          f'{tensors[tensor.name].file.name} and {file}.'
+        )
+      tensors[tensor.name] = tensor
+  _check_index(index_file, files, tensors)
+  return tensors
+
+
+def _explain(folder: pathlib.Path) -> str:
+  """Returns what else there is: PyTorch's own files, which are not read."""
+  names = [
+    path.name
+    for path in sorted(folder.iterdir())
+    if path.suffix in _PYTORCH_SUFFIXES
+  ]
+  if not names:
+    return f' and no {INDEX_FILE}'
+  return (
+    f', but {names[0]}, which PyTorch alone reads safely. Write safetensors '
+    'with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, '
+    'dtype="auto").save_pretrained(NEW_FOLDER), and copy the tokenizer there'
+  )
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  """Returns the file of each tensor.
+
+  Raises:
+    ConvertError: it is no index, or names a file that is not in the folder.
+  """
+  try:
+    files = json.loads(path.read_text())['weight_map']
+    names = sorted(set(files.values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConvertError(f'{path} is no index: {error!r}.') from error
+  present = {file.name for file in path.parent.iterdir()}
+  missing = [name for name in names if name not in present]
+  if missing:
+    raise ConvertError(
+      f'{path} names {len(names)} files, of which {len(missing)} are not in '
+      f'the folder: {", ".join(missing[:3])}{", ..." * (len(missing) > 3)}.'
+    )
+  return files
+
+
+def _check_index(
+  path: pathlib.Path, files: dict[str, str], tensors: dict[str, StoredTensor]
+) -> None:
+  for name, file in files.items():
+    if name not in tensors or tensors[name].file.name != file:
+      raise ConvertError(f'{path}: {name} is not in {file}.')
+  for name, tensor in tensors.items():
+    if name not in files:
+      raise ConvertError(f'{path} lacks {name}, which {tensor.file.name} has.')
+
+
+def _read_header(path: pathlib.Path) -> list[StoredTensor]:
+  """Returns the tensors of a file.
+
+  safetensors checks that they fill the file to its last byte.
+
+  Raises:
+    ConvertError: the file is damaged, or has another dtype.
+  """
+  tensors = []
+  try:
+    with safe_open(path, 'numpy') as file:
+      for name in file.keys():  # noqa: SIM118: it is no dict
+        part = file.get_slice(name)
+        if part.get_dtype() not in DTYPES:
+          raise ConvertError(
+            f'{path}: {name} is of dtype {part.get_dtype()}, not one of '
+            f'{", ".join(DTYPES)}.'
+          )
+        tensors.append(
+          StoredTensor(
+            name, path, DTYPES[part.get_dtype()], tuple(part.get_shape())
+          )
+        )
+  except (OSError, SafetensorError) as error:
+    reason = f'it is damaged, or was not copied to its end ({error})'
+    if path.is_file() and path.read_bytes()[:23] == _LFS_POINTER:
+      reason = 'it is a pointer of Git LFS: "git lfs pull" fetches the file'
+    raise ConvertError(f'{path} cannot be read: {reason}.') from error
+  return tensors

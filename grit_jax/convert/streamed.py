@@ -1,0 +1,142 @@
+"""Writes a checkpoint a slice at a time, so that no array is ever whole."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from grit_jax import checkpoint
+from grit_jax.checkpoint import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedArray:
+  """An array that is made while it is written.
+
+  Attributes:
+    shape: Of the whole array.
+    dtype: Of all parts.
+    parts: Called once; yields each part with its index on the first axes. The
+      indices are all of one length, and every part is given once.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+  """Writes a StreamedArray as Orbax writes a numpy array."""
+
+  async def serialize(self, values, infos, args=None):
+    """Writes all arrays before it returns, one part at a time."""
+    del args
+    for value, info in zip(values, infos, strict=True):
+      await info.await_path_creation()
+      await _write(value, epath.Path(info.parent_dir / info.name), info)
+    return []
+
+
+async def _write(
+  value: StreamedArray, folder: epath.Path, info: ocp.type_handlers.ParamInfo
+) -> None:
+  store = None
+  for index, part in value.parts():
+    if store is None:
+      store = await tensorstore.open(
+        {
+          'driver': 'zarr',
+          'kvstore': checkpoint.kvstore(folder),
+          'metadata': {
+            'shape': list(value.shape),
+            'chunks': _chunk_shape(value, len(index)),
+            'compressor': {'id': 'zstd', 'level': 1},
+          },
+          'dtype': value.dtype.name,
+          # A weight of zeros is there, like any other.
+          'store_data_equal_to_fill_value': True,
+        },
+        create=True,
+        context=info.ts_context,
+      )
+    await store[index].write(part)
+
+
+def _chunk_shape(value: StreamedArray, leading: int) -> list[int]:
+  """Returns the chunks of a part: all of it, or equal stretches of rows."""
+  part = value.shape[leading:]
+  parts = -(-math.prod(part) * value.dtype.itemsize // checkpoint.CHUNK_BYTES)
+  while part and part[0] % parts:
+    parts += 1
+  return [1] * leading + [part[0] // parts, *part[1:]]
+
+
+def write_checkpoint(
+  target: epath.PathLike,
+  arrays: Mapping[str, StreamedArray],
+  config: dict[str, Any],
+  tokenizer: Mapping[str, bytes],
+) -> None:
+  """Writes a checkpoint that holds a model alone.
+
+  Args:
+    target: Its folder, which must not exist; local or gs://. It appears when
+      all is written.
+    arrays: The model's weights by path, `blocks/attention/q`.
+    config: The configuration, as JSON has it.
+    tokenizer: The tokenizer's files by name.
+
+  Raises:
+    CheckpointError: The target exists, or cannot be written. What was written
+      is removed.
+  """
+  target = checkpoint.absolute(target)
+  if target.exists():
+    raise CheckpointError(f'{target} exists: remove it, or name another.')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  model: dict[str, Any] = {}
+  for path, array in arrays.items():
+    *groups, name = path.split('/')
+    inner = model
+    for group in groups:
+      inner = inner.setdefault(group, {})
+    inner[name] = array
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (StreamedArray, _StreamedHandler())
+  )
+  handler = ocp.CompositeCheckpointHandler(
+    **{
+      checkpoint.STATE: ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, type_handler_registry=registry
+      ),
+      checkpoint.CONFIG: ocp.JsonCheckpointHandler(checkpoint.CONFIG_FILE),
+      checkpoint.TOKENIZER: checkpoint.FilesHandler(),
+    }
+  )
+  items = {
+    checkpoint.STATE: ocp.args.PyTreeSave({checkpoint.MODEL: model}),
+    checkpoint.CONFIG: ocp.args.JsonSave(config),
+    checkpoint.TOKENIZER: checkpoint.FilesSave(tokenizer),
+  }
+  try:
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(target, args=ocp.args.Composite(**items))
+  except BaseException as error:
+    for path in target.parent.glob(f'{target.name}.orbax-checkpoint-tmp*'):
+      path.rmtree()
+    if _is_of_the_disk(error):
+      message = checkpoint.reason(error)
+      raise CheckpointError(f'{target} cannot be written: {message}') from error
+    raise
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+  """Whether the file system refused; TensorStore then raises a ValueError."""
+  return isinstance(error, OSError) or (
+    isinstance(error, ValueError) and 'os_error_code' in str(error)
+  )

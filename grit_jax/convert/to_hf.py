@@ -1,0 +1,340 @@
+"""A checkpoint of ours into a folder that other tools load as it is.
+
+transformers, sentence-transformers, PyTorch gritlm and others read one folder:
+config.json and the weights in safetensors, under transformers' names; the
+tokenizer as a tokenizer.json; sentence-transformers' modules. Every file is
+written here: what transformers 5 writes, version 4 reads otherwise.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore
+import tokenizers
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from grit_jax import config as configuration
+from grit_jax.checkpoint import MODEL, Checkpoint, find_checkpoint
+from grit_jax.config import Config, ModelConfig
+from grit_jax.convert import ConvertError, hf_config, keys
+from grit_jax.convert.chat_template import chat_template
+from grit_jax.convert.hf_folder import RUN_FILE
+from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
+from grit_jax.convert.model_card import write_card
+from grit_jax.convert.safetensors_writer import (
+  StreamedTensor,
+  write_file,
+  write_tensors,
+)
+from grit_jax.convert.sentence_transformers import (
+  describe_modules,
+  describe_projection,
+  find_obstacle,
+)
+from grit_jax.convert.tokenizer_files import tokenizer_json
+from grit_jax.data.tokenizer import (
+  CONFIG_FILE,
+  JSON_FILE,
+  SENTENCEPIECE_FILE,
+  Tokenizer,
+  make_tokenizer,
+)
+
+DTYPES = {
+  'float32': np.dtype(np.float32),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+  'float16': np.dtype(np.float16),
+}
+STORED_DTYPES = ('float32', 'bfloat16')
+MAX_SHARD_BYTES = 5 * 10**9
+
+# Rows of a tensor that are cast and written at once, and columns of those that
+# are transposed at once: a tile that stays in the cache.
+STRETCH = 512
+TILE = 32
+
+
+def to_hf(
+  source: epath.PathLike,
+  target: epath.PathLike,
+  dtype: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Exports a checkpoint.
+
+  Args:
+    source: A run's workdir, for its newest checkpoint, or a checkpoint; local
+      or gs://.
+    target: A local folder that does not exist. It appears when it is whole.
+    dtype: One of `DTYPES` for the weights; None: as they are stored.
+    max_shard_bytes: Bytes of weights in a file, at most.
+
+  Raises:
+    ConvertError: The target exists or cannot be written; the checkpoint's
+      weights are not those of its configuration, or not finite in `dtype`.
+    CheckpointError: The source is no checkpoint, or is damaged.
+    ConfigError: Its configuration is not one.
+    TokenizerError: Its tokenizer cannot be written.
+  """
+  folder = _check_target(target)
+  checkpoint = find_checkpoint(source)
+  values = checkpoint.read_config()
+  config = configuration.from_dict(values)
+  tokenizer = _read_tokenizer(checkpoint, config.model)
+  stored = _check_arrays(checkpoint, config.model)
+  dtype = dtype or stored
+  files = {
+    **_describe_model(config, tokenizer, dtype),
+    **_describe_tokenizer(config, tokenizer),
+    RUN_FILE: values,
+    'README.md': write_card(config, tokenizer, dtype, folder.name),
+  }
+  with _new_folder(folder) as partial_folder:
+    _write_weights(
+      checkpoint, config, DTYPES[dtype], max_shard_bytes, partial_folder
+    )
+    for name, content in files.items():
+      path = partial_folder / name
+      path.parent.mkdir(exist_ok=True)
+      write_file(path, _to_bytes(content))
+  logging.info(
+    '%s is written, in %s. Its README.md says how to load it with '
+    'transformers, sentence-transformers and others.',
+    folder,
+    dtype,
+  )
+
+
+def _check_target(target: epath.PathLike) -> pathlib.Path:
+  if '://' in str(target):
+    raise ConvertError(
+      f'{target} is not a local folder. Write to a disk, and copy from there.'
+    )
+  folder = pathlib.Path(os.path.abspath(target))
+  if os.path.lexists(folder):
+    raise ConvertError(f'{folder} exists: remove it, or name another.')
+  return folder
+
+
+def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Tokenizer:
+  tokenizer = make_tokenizer(
+    checkpoint.read_tokenizer(), f'{checkpoint.folder}/tokenizer'
+  )
+  if tokenizer.vocab_size > model.vocab_size:
+    raise ConvertError(
+      f'{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} ids, and '
+      f'the model has vocab_size={model.vocab_size}.'
+    )
+  return tokenizer
+
+
+def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
+  """Compares the checkpoint's weights with the model; returns their dtype."""
+  prefix = f'{MODEL}/'
+  found = {
+    path.removeprefix(prefix): array
+    for path, array in checkpoint.types().items()
+    if path.startswith(prefix)
+  }
+  wanted = keys.weight_shapes(model)
+  problems = [f'{path} is missing' for path in wanted if path not in found]
+  for path, array in found.items():
+    if path not in wanted:
+      problems.append(f'{path} {list(array.shape)} is not known')
+    elif array.shape != wanted[path]:
+      problems.append(
+        f'{path} is {list(array.shape)}, but the configuration makes it '
+        f'{list(wanted[path])}'
+      )
+  dtypes = sorted({str(array.dtype) for array in found.values()})
+  if not problems and len(dtypes) > 1:
+    problems.append(f'there are several dtypes: {", ".join(dtypes)}')
+  elif not problems and dtypes[0] not in STORED_DTYPES:
+    problems.append(
+      f'their dtype is {dtypes[0]}, not one of {", ".join(STORED_DTYPES)}'
+    )
+  if problems:
+    raise ConvertError(
+      f'{checkpoint.folder}: the weights are not those of its configuration:'
+      + ''.join(f'\n  {problem}' for problem in problems)
+    )
+  return dtypes[0]
+
+
+@contextlib.contextmanager
+def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a folder to fill, which takes the target's name at the end.
+
+  Whatever happens before that, nothing has the target's name, and what was
+  written is removed; after a kill, at the next start.
+  """
+  folder = target.parent / f'.{target.name}.partial'
+  try:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    os.rename(folder, target)
+  except OSError as error:
+    raise ConvertError(
+      f'{target} cannot be written: {error.strerror or error}.'
+    ) from error
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_weights(
+  checkpoint: Checkpoint,
+  config: Config,
+  dtype: np.dtype,
+  max_shard_bytes: int,
+  folder: pathlib.Path,
+) -> None:
+  """Writes the decoder's weights and, if it has one, the projection's."""
+  model = config.model
+  arrays = {
+    path: checkpoint.open_array(f'{MODEL}/{path}')
+    for path in keys.weight_shapes(model)
+  }
+  with tqdm(unit='B', unit_scale=True, desc='weights') as bar:
+
+    def stream(tensors: list[Tensor]) -> dict[str, StreamedTensor]:
+      return {
+        tensor.name: StreamedTensor(
+          tensor.shape,
+          dtype,
+          partial(_read_parts, tensor, arrays[tensor.path], dtype, bar.update),
+        )
+        for tensor in tensors
+      }
+
+    decoder = stream(keys.tensors(model))
+    projection = stream(keys.projection_tensors(model))
+    bar.total = sum(t.size for t in [*decoder.values(), *projection.values()])
+    write_tensors(folder, decoder, max_shard_bytes)
+    # Where sentence-transformers has no place for it, from_hf still has one.
+    if projection:
+      (folder / PROJECTION_FOLDER).mkdir()
+      write_tensors(folder / PROJECTION_FOLDER, projection, max_shard_bytes)
+
+
+def _read_parts(
+  tensor: Tensor,
+  array: tensorstore.TensorStore,
+  dtype: np.dtype,
+  report: Callable[[int], Any],
+) -> Iterator[np.ndarray]:
+  """Yields stretches of a tensor's rows, cast to `dtype`.
+
+  A slice is read whole: what it is compressed in may hold some of each row.
+  """
+  try:
+    values = array[tensor.index].read().result()
+  except ValueError as error:
+    raise ConvertError(f'{tensor.path} cannot be read: {error}') from error
+  for start in range(0, tensor.shape[0], STRETCH):
+    stop = min(start + STRETCH, tensor.shape[0])
+    if tensor.transposed:
+      part = _transpose(values[:, start:stop])
+    else:
+      part = values[start:stop]
+    part = _cast(part, dtype, tensor)
+    yield part
+    report(part.nbytes)
+
+
+def _transpose(columns: np.ndarray) -> np.ndarray:
+  """Returns [W, I] of [I, W]; numpy alone takes three times as long."""
+  rows = np.empty(columns.shape[::-1], columns.dtype)
+  for start in range(0, len(columns), TILE):
+    rows[:, start : start + TILE] = columns[start : start + TILE].T
+  return rows
+
+
+def _cast(part: np.ndarray, dtype: np.dtype, tensor: Tensor) -> np.ndarray:
+  if not np.isfinite(part).all():
+    raise ConvertError(
+      f'{tensor.path} ({tensor.name}) holds values that are not finite.'
+    )
+  with np.errstate(over='ignore'):
+    cast = part.astype(dtype, copy=False)
+  if not np.isfinite(cast).all():
+    raise ConvertError(
+      f'{tensor.path} ({tensor.name}) holds values beyond the range of '
+      f'{dtype.name}; bfloat16 and float32 hold them.'
+    )
+  return cast
+
+
+def _describe_model(
+  config: Config, tokenizer: Tokenizer, dtype: str
+) -> dict[str, Any]:
+  """Returns the files that say what the model is, by name."""
+  model = config.model
+  files = {
+    hf_config.CONFIG_FILE: hf_config.from_model(
+      model, dtype, tokenizer.bos, tokenizer.eos
+    )
+  }
+  if config.objective.has_generative:
+    files['generation_config.json'] = {
+      'bos_token_id': tokenizer.bos,
+      'do_sample': False,
+      'eos_token_id': tokenizer.eos,
+      'pad_token_id': tokenizer.eos,
+    }
+  if not find_obstacle(config):
+    files |= describe_modules(model)
+  if model.projection_dim:
+    files |= describe_projection(model)
+  return files
+
+
+def _describe_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Returns the tokenizer's files by name."""
+  written = tokenizer_json(tokenizer)
+  # Padding is EOS, as in the reference: it is masked wherever a batch has any.
+  special = {
+    'bos_token': tokenizer.bos_piece,
+    'eos_token': tokenizer.eos_piece,
+    'pad_token': tokenizer.eos_piece,
+  }
+  if tokenizer.unk is not None:
+    library = tokenizers.Tokenizer.from_buffer(written)
+    special['unk_token'] = library.id_to_token(tokenizer.unk)
+  settings = {
+    **special,
+    'clean_up_tokenization_spaces': False,
+    # The decoder takes no others, such as token_type_ids.
+    'model_input_names': ['input_ids', 'attention_mask'],
+    'model_max_length': config.model.max_positions,
+    'padding_side': 'right',
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+  }
+  if config.objective.has_generative:
+    settings['chat_template'] = chat_template(tokenizer)
+  files = {
+    JSON_FILE: written,
+    CONFIG_FILE: settings,
+    'special_tokens_map.json': special,
+  }
+  if SENTENCEPIECE_FILE in tokenizer.files:
+    files[SENTENCEPIECE_FILE] = tokenizer.files[SENTENCEPIECE_FILE]
+  return files
+
+
+def _to_bytes(content: Any) -> bytes:
+  if isinstance(content, bytes):
+    return content
+  if not isinstance(content, str):
+    content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+  return content.encode()

@@ -1,0 +1,117 @@
+"""The training loop."""
+
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from grit_jax.checkpoint import Checkpoints
+from grit_jax.config import Config
+from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
+from grit_jax.metrics import MetricsWriter
+from grit_jax.objective import TrainState
+
+
+class NonFiniteLossError(RuntimeError):
+  """The loss or the gradient is not a number any more."""
+
+
+class StopOnSignal:
+  """Remembers a SIGTERM (or Ctrl-C), so that the loop can save and end."""
+
+  def __init__(self):
+    """Takes over both signals."""
+    self.requested = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._request)
+
+  def _request(self, number: int, frame: Any) -> None:
+    del frame
+    self.requested = True
+    # A second one ends the process at once.
+    signal.signal(number, signal.SIG_DFL)
+
+
+class Loop:
+  """The training loop, which never waits for the step just dispatched."""
+
+  def __init__(
+    self,
+    config: Config,
+    pipeline: Pipeline,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+  ):
+    """Prepares to run the steps that `pipeline` plans."""
+    self.config, self.pipeline = config, pipeline
+    self.checkpoints, self.writer = checkpoints, writer
+    self.logged_at = time.perf_counter()
+    self.useful_tokens = 0
+
+  def run(
+    self,
+    train_step: Any,
+    state: TrainState,
+    batches: Any,
+    mesh: jax.sharding.Mesh,
+    save: Any,
+    stop: StopOnSignal,
+  ) -> tuple[TrainState, int]:
+    """Trains until the last step or a signal; returns the steps done."""
+    step = int(state.step)
+    pending = None
+    while step < self.config.steps and not stop.requested:
+      host = next(batches)
+      state, metrics = train_step(state, place_batch(mesh, host.batch))
+      step += 1
+      if pending is not None:
+        self._report(*pending)
+      pending = (step, metrics, host)
+      if step % self.config.checkpoint.every_steps == 0:
+        self._report(*pending)
+        pending = None
+        save(step, state)
+    if pending is not None:
+      self._report(*pending)
+    if step and step != self.checkpoints.latest():
+      save(step, state)
+    self.checkpoints.wait()
+    return state, step
+
+  def _report(self, step: int, metrics: Any, host: HostBatch) -> None:
+    """Checks and, every `log_every` steps, writes a step's metrics."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    self._check_finite(step, metrics)
+    self.useful_tokens += host.useful_tokens
+    last = step == self.config.steps
+    if step % self.config.log_every and step != 1 and not last:
+      self.writer.advance(step)
+      return
+    now = time.perf_counter()
+    self.writer.write(
+      step,
+      {
+        **metrics,
+        'tokens_per_second': self.useful_tokens / (now - self.logged_at),
+        # Of this step alone, so that a resumed run's lines are the same.
+        'padding_fraction': 1 - host.useful_tokens / host.computed_tokens,
+      },
+    )
+    self.logged_at = now
+    self.useful_tokens = 0
+
+  def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+    """Stops a run whose loss or gradient is not finite any more."""
+    if np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm']):
+      return
+    self.checkpoints.wait()
+    latest = self.checkpoints.latest()
+    good = 'none' if latest is None else self.checkpoints.path(latest)
+    names = self.pipeline.plan.describe_records(step - 1)
+    raise NonFiniteLossError(
+      f'step {step}: loss={metrics["loss"]}, '
+      f'grad_norm={metrics["grad_norm"]}. Last good checkpoint: {good}. '
+      f'Records of the batch: {", ".join(names)}'
+    )
