@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -75,6 +76,8 @@ def main(flags: argparse.Namespace) -> None:
     lambda record: record.pathname.startswith(package)
   )
   logging.set_verbosity(logging.INFO)
+  # What Orbax leaves behind when a disk is full says nothing to the user.
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
   # All is the host's work: an accelerator may be busy, or somebody else's.
   jax.config.update('jax_platforms', 'cpu')
   try:

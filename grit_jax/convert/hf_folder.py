@@ -294,13 +294,16 @@ def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
   """Whether two tensors are bitwise equal."""
   if (first.shape, first.dtype) != (second.shape, second.dtype):
     return False
+  rows = first.shape[0]
   step = max(BLOCK_BYTES // (first.shape[-1] * 4), 1)
+  blocks = [
+    slice(start, min(start + step, rows)) for start in range(0, rows, step)
+  ]
   return all(
     np.array_equal(
-      first.read(slice(start, start + step)).view(np.uint8),
-      second.read(slice(start, start + step)).view(np.uint8),
+      first.read(block).view(np.uint8), second.read(block).view(np.uint8)
     )
-    for start in range(0, first.shape[0], step)
+    for block in blocks
   )
 
 

@@ -156,7 +156,14 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
         )
   except (OSError, SafetensorError) as error:
     reason = f'it is damaged, or was not copied to its end ({error})'
-    if path.is_file() and path.read_bytes()[:23] == _LFS_POINTER:
+    if _begins_with(path, _LFS_POINTER):
       reason = 'it is a pointer of Git LFS: "git lfs pull" fetches the file'
     raise ConvertError(f'{path} cannot be read: {reason}.') from error
   return tensors
+
+
+def _begins_with(path: pathlib.Path, content: bytes) -> bool:
+  if not path.is_file():
+    return False
+  with open(path, 'rb') as file:
+    return file.read(len(content)) == content

@@ -1,0 +1,216 @@
+"""Tests of the conversion into a checkpoint, and of its command."""
+
+import json
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from grit_jax import config as configuration
+from grit_jax.batch import Rows
+from grit_jax.checkpoint import CheckpointError, find_checkpoint, flatten
+from grit_jax.convert import __main__ as command
+from grit_jax.convert import keys
+from grit_jax.convert.from_hf import from_hf
+from grit_jax.convert.hf_folder import HfFolder
+from grit_jax.models.attention import Kind
+from grit_jax.models.decoder import Decoder
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Three float32 layers and a head against another implementation's.
+LOGIT_TOLERANCE = 1e-4
+
+LLAMA3 = {
+  'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0, 'original_max_position_embeddings': 16,
+}  # fmt: skip
+FOLDERS = {
+  'llama': {},
+  'tied': {'tie_word_embeddings': True},
+  'linear': {'rope_scaling': {'rope_type': 'linear', 'factor': 3.0}},
+  'llama3': {'rope_scaling': LLAMA3},
+  'mistral': {'model_type': 'mistral', 'sliding_window': None},
+  'mixtral': {
+    'model_type': 'mixtral', 'num_local_experts': 5, 'num_experts_per_tok': 2,
+    'intermediate_size': 20,
+  },
+}  # fmt: skip
+
+
+def restore(folder: pathlib.Path) -> Decoder:
+  """The decoder of a checkpoint, on the current mesh, computing in float32."""
+  checkpoint = find_checkpoint(folder)
+  values = checkpoint.read_config()
+  values['model']['dtype'] = 'float32'
+  model = configuration.from_dict(values).model
+  abstract = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
+  return checkpoint.restore({'model': abstract})['model']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', FOLDERS)
+def test_the_checkpoint_has_the_folders_weights_bitwise(
+  tmp_path, write_hf: Callable, mesh_of: Callable, name: str, dtype: str
+):
+  write_hf(tmp_path / 'hf', dtype, shards=2, **FOLDERS[name])
+  from_hf(tmp_path / 'hf', tmp_path / 'checkpoint')
+  folder = HfFolder(tmp_path / 'hf')
+  # Its sizes are odd: one device alone can hold them.
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    weights = flatten(restore(tmp_path / 'checkpoint'))
+  shapes = {path: weight.shape for path, weight in weights.items()}
+  assert shapes == keys.weight_shapes(folder.model)
+  for tensor in folder.tensors:
+    shape = keys.slice_shape(tensor, folder.model)
+    expected = folder.read(tensor, tuple(slice(0, size) for size in shape))
+    found = np.asarray(weights[tensor.path])[tensor.index]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found.view('u1'), expected.view('u1'))
+  checkpoint = find_checkpoint(tmp_path / 'checkpoint')
+  assert checkpoint.read_tokenizer() == folder.tokenizer.files
+  assert configuration.from_dict(checkpoint.read_config()) == folder.config
+
+
+@pytest.mark.parametrize('name', FOLDERS)
+def test_logits_of_the_checkpoint_are_transformers(
+  tmp_path, write_hf: Callable, mesh_of: Callable, name: str
+):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  write_hf(tmp_path / 'hf', **FOLDERS[name])
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'hf', dtype='float32', attn_implementation='eager'
+  ).eval()
+  # Past the 16 positions that llama3's frequencies are scaled from.
+  tokens = np.random.default_rng(0).integers(400, size=(2, 50)).astype('int32')
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens.astype('int64'))).logits.numpy()
+  from_hf(tmp_path / 'hf', tmp_path / 'checkpoint')
+  rows = Rows(
+    tokens,
+    np.ones_like(tokens),
+    np.broadcast_to(np.arange(50, dtype='int32'), tokens.shape),
+    np.zeros(tokens.shape, bool),
+  )
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    model = restore(tmp_path / 'checkpoint')
+    [hidden] = model([rows], [Kind.CAUSAL])
+    logits = np.asarray(model.logits(hidden, model.gather_head()))
+  np.testing.assert_allclose(logits[:, :, :407], expected, atol=LOGIT_TOLERANCE)
+  assert np.abs(expected).max() > 1
+
+
+def test_an_existing_target_is_refused_and_left_alone(
+  tmp_path, write_hf: Callable
+):
+  write_hf(tmp_path / 'hf')
+  (tmp_path / 'target').write_text('mine')
+  with pytest.raises(CheckpointError, match='target exists: remove it'):
+    from_hf(tmp_path / 'hf', tmp_path / 'target')
+  assert (tmp_path / 'target').read_text() == 'mine'
+
+
+def run_command(*flags: str, **options) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, '-m', 'grit_jax.convert', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    **options,
+  )
+
+
+def test_the_command_converts_both_ways(tmp_path, write_hf: Callable):
+  write_hf(tmp_path / 'hf')
+  for direction, source, target in (
+    ('from_hf', 'hf', 'checkpoint'),
+    ('to_hf', 'checkpoint', 'again'),
+  ):
+    done = run_command(
+      direction,
+      f'--source={tmp_path / source}',
+      f'--target={tmp_path / target}',
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'{tmp_path / target} is written' in done.stderr
+    assert 'WARNING' not in done.stderr and 'orbax' not in done.stderr
+  first, second = HfFolder(tmp_path / 'hf'), HfFolder(tmp_path / 'again')
+  assert first.tensors == second.tensors and first.model == second.model
+
+
+def test_a_mistake_ends_in_one_message(tmp_path, write_hf: Callable):
+  write_hf(tmp_path / 'hf')
+  path = tmp_path / 'hf' / 'config.json'
+  config = json.loads(path.read_text()) | {'hidden_act': 'gelu'}
+  path.write_text(json.dumps(config))
+  done = run_command(
+    'from_hf', f'--source={tmp_path / "hf"}', f'--target={tmp_path / "target"}'
+  )
+  assert done.returncode == 1
+  [line] = done.stderr.splitlines()
+  assert line.startswith(f'grit_jax: error: {tmp_path}/hf/config.json: hidden_')
+  assert [path.name for path in tmp_path.iterdir()] == ['hf']
+  done = run_command('from_hf', '--source=x')
+  assert done.returncode == 2 and '--target' in done.stderr
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, write_hf: Callable):
+  write_hf(tmp_path / 'hf')
+  done = run_command(
+    'from_hf',
+    f'--source={tmp_path / "hf"}',
+    f'--target={tmp_path / "target"}',
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+  )
+  assert done.returncode == 1
+  message = done.stderr.splitlines()[-1]
+  assert message.startswith(f'grit_jax: error: {tmp_path}/target cannot be')
+  assert 'File too large' in message
+  assert [path.name for path in tmp_path.iterdir()] == ['hf']
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, write_hf: Callable):
+  # Large enough to be interrupted: 32 layers, and a wide vocabulary.
+  write_hf(
+    tmp_path / 'hf', num_hidden_layers=32, hidden_size=96, vocab_size=20000,
+    intermediate_size=2000,
+  )  # fmt: skip
+  process = subprocess.Popen(
+    [
+      sys.executable, '-m', 'grit_jax.convert', 'from_hf',
+      f'--source={tmp_path / "hf"}', f'--target={tmp_path / "target"}',
+    ],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  with process:
+    seen = ''
+    while 'MB' not in seen:
+      seen += process.stderr.read(1)
+      assert process.poll() is None, seen
+    process.send_signal(signal.SIGINT)
+    output = process.stderr.read()
+  assert process.returncode == 1, output
+  assert f'stopped; {tmp_path}/target is not written' in output
+  assert 'Traceback' not in output
+  assert [path.name for path in tmp_path.iterdir()] == ['hf']
+
+
+@pytest.mark.parametrize(
+  ('text', 'size'), [('5GB', 5 * 10**9), ('1.5 mb', 1_500_000), ('7B', 7)]
+)
+def test_sizes_are_read(text: str, size: int):
+  assert command.parse_size(text) == size
+
+
+@pytest.mark.parametrize('text', ['5', 'GB', '-1GB', '5GiB', '0MB'])
+def test_what_is_no_size_is_refused(text: str):
+  with pytest.raises(command.argparse.ArgumentTypeError, match='is not a size'):
+    command.parse_size(text)
