@@ -335,8 +335,16 @@ def make_train_step(
   config: Config,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  compiler_options: dict[str, bool],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns the jitted step; it gives its old state's memory to the new."""
+  """Returns the jitted step; it gives its old state's memory to the new.
+
+  Args:
+    config: the run's.
+    optimizer: of `optimizer.make_optimizer`.
+    schedule: its learning rate, for the metrics.
+    compiler_options: of `xla_options`.
+  """
   gradient_of = (
     cached_gradient if config.memory.chunk_rows else one_pass_gradient
   )
@@ -354,4 +362,6 @@ def make_train_step(
     }
     return TrainState(state.step + 1, model, optimizer_state), metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(
+    train_step, donate_argnums=0, compiler_options=compiler_options
+  )

@@ -50,6 +50,7 @@ from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.sharding import MeshError
+from grit_jax.xla_options import compiler_options
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
@@ -176,7 +177,8 @@ def _run(
     _evaluate_before(workdir, evaluation, state, start)
 
   schedule = optimizers.make_schedule(config.optimizer, config.steps)
-  train_step = make_train_step(config, optimizer, schedule)
+  options = compiler_options(mesh.devices.flat[0])
+  train_step = make_train_step(config, optimizer, schedule, options)
   save = partial(
     checkpoints.save,
     data_iterator=batches,

@@ -29,7 +29,9 @@ MESH_TOLERANCE = 1e-5
 
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
 # The same, and expert.
-EXPERT_MESHES = [(1, 8, 1, 1), (1, 1, 1, 8), (1, 2, 1, 4), (1, 1, 2, 4)]
+EXPERT_MESHES = [
+  (1, 8, 1, 1), (1, 1, 1, 8), (1, 2, 1, 4), (1, 1, 2, 1), (1, 1, 2, 4)
+]  # fmt: skip
 
 
 def words(rng: np.random.Generator, count: int) -> str:
@@ -286,7 +288,10 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
   pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)
   optimizer = make_optimizer(config.optimizer, config.steps)
   step = objective.make_train_step(
-    config, optimizer, make_schedule(config.optimizer, config.steps)
+    config,
+    optimizer,
+    make_schedule(config.optimizer, config.steps),
+    compiler_options={},
   )
   with jax.set_mesh(mesh):
     model = jax.jit(lambda rng: Decoder(config.model, rng))(jax.random.key(0))
