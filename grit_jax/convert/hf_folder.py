@@ -203,17 +203,21 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
 def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
   """Returns the widths of sentence-transformers' Dense module; None: none.
 
+  An export that sentence-transformers cannot compute has no list of modules,
+  but a projection all the same.
+
   Raises:
     ConvertError: it is not the linear map that a projection is.
   """
   path = folder / MODULES_FILE
-  if not path.exists():
-    return None
-  names = [
-    module['path']
-    for module in _read_json(path, list)
-    if module['type'].endswith('.Dense')
-  ]
+  if path.exists():
+    names = [
+      module['path']
+      for module in _read_json(path, list)
+      if module['type'].endswith('.Dense')
+    ]
+  else:
+    names = [PROJECTION_FOLDER] * (folder / PROJECTION_FOLDER).is_dir()
   if not names:
     return None
   if names != [PROJECTION_FOLDER]:

@@ -2,7 +2,7 @@
 
 import sentencepiece
 
-from grit_jax.config import Config
+from grit_jax.config import Config, ModelConfig
 from grit_jax.convert import hf_config, snippets
 from grit_jax.convert.keys import PROJECTION_FOLDER
 from grit_jax.convert.sentence_transformers import find_obstacle, max_tokens
@@ -18,6 +18,7 @@ _POOLING = {
   'cls': "the last hidden state of the prompt's first token",
   'lasttoken': "the last hidden state of the text's last token",
 }
+_KNOWN_TOKENIZERS = ', if it knows the tokenizer, such as that of Llama 3'
 # The tokens by which vLLM finds where a text begins: those of Mistral.
 _VLLM_USER = ['▁<', '|', 'user', '|', '>', '<0x0A>']
 _VLLM_EMBED = ['|', 'embed', '|', '>', '<0x0A>']
@@ -60,8 +61,8 @@ def is_for_gritlm(config: Config) -> bool:
 def is_for_vllm(config: Config, tokenizer: Tokenizer) -> bool:
   """Whether vLLM's GritLM class embeds as the run did.
 
-  It knows bidirectional attention without a window, the mean, and a text's
-  beginning by tokens of Mistral's vocabulary.
+  It knows a decoder without experts, bidirectional attention without a window,
+  the mean, and a text's beginning by tokens of Mistral's vocabulary.
   """
   model = config.model
   if (
@@ -69,6 +70,7 @@ def is_for_vllm(config: Config, tokenizer: Tokenizer) -> bool:
     or (model.attention[:2], model.pooling) != ('bb', 'mean')
     or model.projection_dim
     or model.sliding_window
+    or model.num_experts
   ):
     return False
   processor = sentencepiece.SentencePieceProcessor(
@@ -80,6 +82,18 @@ def is_for_vllm(config: Config, tokenizer: Tokenizer) -> bool:
     and long[-len(_VLLM_EMBED) - 2 :] == ['<0x0A>', '<', *_VLLM_EMBED]
     and processor.encode(EMBED, out_type=str) == ['▁<', *_VLLM_EMBED]
   )
+
+
+def least_transformers(model: ModelConfig, tokenizer: Tokenizer) -> str:
+  """Returns a version of transformers that was seen to load such a model.
+
+  Causally, that is. What is of the usual kind loads in 4.37 already; a head
+  size of its own, rotary scaling and a tokenizer.json of today need later ones.
+  """
+  if model.num_heads * model.head_dim != model.embed_dim:
+    return '4.57' if model.num_experts else '4.45'
+  plain = model.rotary_scaling.kind != 'llama3'
+  return '4.37' if plain and SENTENCEPIECE_FILE in tokenizer.files else '4.45'
 
 
 def _front_matter(config: Config) -> str:
@@ -120,10 +134,15 @@ def _introduction(config: Config, name: str) -> str:
 def _table(config: Config, tokenizer: Tokenizer, dtype: str) -> str:
   model, data, optimizer = config.model, config.data, config.optimizer
   exported = hf_config.from_model(model, dtype, tokenizer.bos, tokenizer.eos)
+  experts = ''
+  if model.num_experts:
+    experts = (
+      f'{model.num_experts} experts, {model.experts_per_token} a token, '
+    )
   rows = {
     'architecture': f'{exported["architectures"][0]}: {model.num_layers} '
     f'layers, {model.embed_dim} wide, {model.num_heads} heads '
-    f'({model.num_kv_heads} of keys and values), vocabulary of '
+    f'({model.num_kv_heads} of keys and values), {experts}vocabulary of '
     f'{model.vocab_size}',
     'parameters': f'{count_parameters(model):,}, {dtype}',
     'positions': f'{model.max_positions}',
@@ -195,6 +214,8 @@ def _format(config: Config, tokenizer: Tokenizer) -> str:
 
 def _fill(template, config: Config, tokenizer: Tokenizer, **values: str) -> str:
   causal = config.model.attention.startswith('cc')
+  version = least_transformers(config.model, tokenizer)
+  known = '' if SENTENCEPIECE_FILE in tokenizer.files else _KNOWN_TOKENIZERS
   return template.substitute(
     folder=snippets.FOLDER,
     bos=f'`{tokenizer.bos_piece}`',
@@ -202,7 +223,9 @@ def _fill(template, config: Config, tokenizer: Tokenizer, **values: str) -> str:
     embed=EMBED.strip(),
     tokens=max_tokens(config.model),
     requires='' if causal else " 'transformers>=5.2'",
-    version='4.37' if causal else '5.2',
+    version=version if causal else '5.2',
+    causal_version=version,
+    known=known,
     **values,
   )
 

@@ -135,7 +135,7 @@ MTEB = string.Template("""
 ### mteb
 
 ```bash
-pip install 'mteb>=2' 'sentence-transformers>=5.4'$requires
+pip install 'mteb>=2.26' 'sentence-transformers>=5.4'$requires
 ```
 
 ```python
@@ -177,7 +177,7 @@ TRANSFORMERS_GENERATION = string.Template("""
 ### transformers, for generation
 
 ```bash
-pip install 'transformers>=4.37'
+pip install 'transformers>=$causal_version'
 ```
 
 ```python
@@ -205,7 +205,7 @@ SERVERS = string.Template("""
 ### vLLM and llama.cpp, for generation
 
 vLLM loads the folder as it is (as its source reads; it was not run), and
-llama.cpp converts it:
+llama.cpp converts it$known:
 
 ```bash
 vllm serve $folder
