@@ -242,8 +242,9 @@ def test_every_router_term_is_in_the_loss(data, experts_on_one_device):
     * (metrics['router_rep/z_loss'] + metrics['router_gen/z_loss'])
   )
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
-  # Else the gradient of the balance would be that of nothing.
-  assert metrics['router_gen/busiest'] > 0.2
+  # Well above the even share, or the gradient of the balance would be that of
+  # nothing.
+  assert metrics['router_gen/busiest'] > 1.25 / config.model.num_experts
 
 
 def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):

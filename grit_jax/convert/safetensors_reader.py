@@ -142,7 +142,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
   tensors = []
   try:
     with safe_open(path, 'numpy') as file:
-      for name in file.keys():  # noqa: SIM118: it is no dict
+      for name in file.keys():  # noqa: SIM118 (it is no dict)
         part = file.get_slice(name)
         if part.get_dtype() not in DTYPES:
           raise ConvertError(

@@ -36,7 +36,7 @@ from grit_jax.data.sources import Source
 from grit_jax.data.tokenizer import Tokenizer
 
 # To be raised whenever the files change their meaning or texts their tokens.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # A call of the tokenizer gets this much, so that its threads have work.
 _BATCH_RECORDS = 1024
@@ -107,6 +107,8 @@ class EmbeddingDataset(Dataset):
     offsets: int64 [n + 1], the first text of each record.
     lengths: int32 [texts], number of tokens of each text.
     num_positives: int32 [n], number of positives of each record.
+    text_hashes: uint64 [texts], equal for equal texts, whatever their
+      instructions.
   """
 
   kind = records.EMBEDDING
@@ -116,6 +118,7 @@ class EmbeddingDataset(Dataset):
     super().__init__(folder, source, split)
     self.offsets = _open_index(folder, 'offsets')
     self.num_positives = _open_index(folder, 'num_positives')
+    self.text_hashes = _open_index(folder, 'text_hashes')
 
   def read(self, indices: Sequence[int]) -> list[list[EmbeddingText]]:
     """Reads records.

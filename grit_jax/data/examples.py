@@ -7,6 +7,7 @@ hand was no better.
 """
 
 import array
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,7 @@ class EmbeddingEncoder:
       'offsets': array.array('q', [0]),
       'lengths': array.array('i'),
       'num_positives': array.array('i'),
+      'text_hashes': array.array('Q'),
     }
     self._tokenizer = tokenizer
     self._min_negatives = min_negatives
@@ -126,6 +128,7 @@ class EmbeddingEncoder:
         except FormatError as error:
           path = _name_text(i, len(record.positives))
           raise RecordError(f'{place}: {path}: {error}') from error
+      self.index['text_hashes'].extend(hash_text(t.text) for t in record.texts)
       examples.append(self._add(marked, len(record.positives)))
     return examples
 
@@ -142,6 +145,12 @@ class EmbeddingEncoder:
       'lengths': np.array(lengths, np.int32),
       'instruction_lengths': np.array(instruction_lengths, np.int32),
     }
+
+
+def hash_text(text: str) -> int:
+  """Identifies a text, whatever its instruction, by 64 bits."""
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'little')
 
 
 def decode_embedding(example: Example) -> list[EmbeddingText]:

@@ -133,6 +133,20 @@ def test_the_embedding_index_describes_the_texts(prepare, tmp_path):
   assert data.offsets[-1] == len(data.lengths)
 
 
+def test_equal_texts_have_equal_hashes_whatever_their_instructions(
+  prepare, tmp_path
+):
+  lines = [
+    {'query': ['Find', 'same'], 'pos': ['same', ['', 'other']], 'neg': []},
+    {'query': ['Find', 'other'], 'pos': [['', 'same ']], 'neg': ['same']},
+  ]
+  hashes = prepare(write_source(tmp_path / 'a.jsonl', lines)).text_hashes
+  assert hashes.dtype == np.uint64
+  same, other, blank = hashes[0], hashes[2], hashes[4]
+  assert hashes.tolist() == [same, same, other, other, blank, same]
+  assert len({int(same), int(other), int(blank)}) == 3
+
+
 def test_the_index_stays_on_disk(prepare, tmp_path):
   data = prepare(write_embedding(tmp_path))
   for values in data.lengths, data.offsets, data.num_positives, data.record_ids:
