@@ -1,6 +1,5 @@
 """The training loop."""
 
-import signal
 import time
 from typing import Any
 
@@ -12,26 +11,11 @@ from grit_jax.config import Config
 from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
 from grit_jax.metrics import MetricsWriter
 from grit_jax.objective import TrainState
+from grit_jax.processes import StopOnSignal
 
 
 class NonFiniteLossError(RuntimeError):
   """The loss or the gradient is not a number any more."""
-
-
-class StopOnSignal:
-  """Remembers a SIGTERM (or Ctrl-C), so that the loop can save and end."""
-
-  def __init__(self):
-    """Takes over both signals."""
-    self.requested = False
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._request)
-
-  def _request(self, number: int, frame: Any) -> None:
-    del frame
-    self.requested = True
-    # A second one ends the process at once.
-    signal.signal(number, signal.SIG_DFL)
 
 
 class Loop:
@@ -62,7 +46,7 @@ class Loop:
     """Trains until the last step or a signal; returns the steps done."""
     step = int(state.step)
     pending = None
-    while step < self.config.steps and not stop.requested:
+    while step < self.config.steps and not stop.reached(step):
       host = next(batches)
       state, metrics = train_step(state, place_batch(mesh, host.batch))
       step += 1

@@ -94,6 +94,13 @@ def row_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def own_row_shards(mesh: Mesh) -> tuple[int, ...]:
+  """Returns which of the shards of rows are on this process's devices."""
+  shards = NamedSharding(mesh, spec('rows'))
+  indices = shards.addressable_devices_indices_map((row_shards(mesh),))
+  return tuple(sorted({part.start or 0 for (part,) in indices.values()}))
+
+
 def validate(config: Config, mesh: Mesh) -> None:
   """Checks that the model and the batch divide over the mesh.
 
@@ -255,3 +262,25 @@ def place(mesh: Mesh, array: np.ndarray, *logical: str | None) -> jax.Array:
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
   )
+
+
+def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+  """Puts rows on the mesh, of which each process has its devices' alone.
+
+  Args:
+    mesh: of all processes.
+    array: [R, T] or [chunks, R, T] with this process's rows, shard by shard in
+      the order of `own_row_shards`.
+  """
+  axis = array.ndim - 2
+  own = own_row_shards(mesh)
+  size = array.shape[axis] // len(own)
+  shape = list(array.shape)
+  shape[axis] = size * row_shards(mesh)
+  sharding = NamedSharding(mesh, spec(*(None,) * axis, 'rows', 'seq'))
+
+  def take(index: tuple[slice, ...]) -> np.ndarray:
+    start = own.index((index[axis].start or 0) // size) * size if size else 0
+    return array[*index[:axis], start : start + size]
+
+  return jax.make_array_from_callback(tuple(shape), sharding, take)

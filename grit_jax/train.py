@@ -21,12 +21,13 @@ from ml_collections import config_flags
 
 from grit_jax import config as configuration
 from grit_jax import optimizer as optimizers
-from grit_jax import sharding
+from grit_jax import processes, sharding
 from grit_jax.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from grit_jax.config import Config, ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data import records
 from grit_jax.data.dataset import Dataset
+from grit_jax.data.filling import RowShards
 from grit_jax.data.formats import FormatError
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.preparation import (
@@ -45,15 +46,28 @@ from grit_jax.initial import (
   open_initial,
   take_architecture,
 )
-from grit_jax.loop import Loop, NonFiniteLossError, StopOnSignal
+from grit_jax.loop import Loop, NonFiniteLossError
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
+from grit_jax.processes import ProcessError, StopOnSignal
 from grit_jax.sharding import MeshError
 from grit_jax.xla_options import compiler_options
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'HOST:PORT of process 0 of several. This and the next two are found by '
+  'themselves on TPU VMs, on GKE and under Slurm.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes of the run.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Number of this process, from 0.'
+)
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
@@ -72,6 +86,7 @@ USER_ERRORS = (
   MeshError,
   MetricsError,
   NonFiniteLossError,
+  ProcessError,
   RecordError,
   TokenizerError,
 )
@@ -90,9 +105,26 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   try:
-    train(configuration.resolve(_CONFIG.value), epath.Path(_WORKDIR.value))
-  except USER_ERRORS as error:
+    config = configuration.resolve(_CONFIG.value)
+    processes.start_processes(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+  except (ConfigError, ProcessError) as error:
     sys.exit(f'grit_jax: error: {error}')
+  if not processes.is_first():
+    logging.set_verbosity(logging.WARNING)
+  try:
+    train(config, epath.Path(_WORKDIR.value))
+  except USER_ERRORS as error:
+    processes.end(f'grit_jax: error: {error}')
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    processes.end(
+      'grit_jax: error: the processes of the run cannot work together any '
+      'more; another one may have ended. Start all of them again: the run goes '
+      f'on from its newest checkpoint. JAX says: {error}'
+    )
 
 
 def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -114,6 +146,8 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   if initial is not None:
     config = take_architecture(config, initial)
   sharding.validate(config, mesh)
+  # Before they wait for each other in the middle of something.
+  processes.check_equal('the configuration', repr(config))
   workdir.mkdir(parents=True, exist_ok=True)
   found = sources(config.data.paths, workdir / 'tfds')
   check_kinds(config, found)
@@ -128,8 +162,9 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     config,
     train_sets[records.EMBEDDING],
     train_sets[records.GENERATIVE],
-    sharding.row_shards(mesh),
+    RowShards(sharding.row_shards(mesh), sharding.own_row_shards(mesh)),
   )
+  _check_same_data(train_sets, pipeline)
   _report_plan(config, pipeline)
 
   with (
@@ -188,14 +223,15 @@ def _run(
   with MetricsWriter(workdir, start, config.steps) as writer:
     loop = Loop(config, pipeline, checkpoints, writer)
     state, step = loop.run(train_step, state, batches, mesh, save, stop)
-  if stop.requested:
+  if step < config.steps:
     logging.info(
       'Stopped by a signal after step %d%s; the same command goes on.',
       step,
       ', which is saved' if step else '',
     )
     return {}
-  plot_losses(workdir)
+  if processes.is_first():
+    plot_losses(workdir)
   if evaluation is None:
     return {}
   return _evaluate_after(workdir, evaluation, state)
@@ -279,6 +315,19 @@ def _report_plan(config: Config, pipeline: Pipeline) -> None:
   )
 
 
+def _check_same_data(
+  datasets: dict[str, list[Dataset]], pipeline: Pipeline
+) -> None:
+  """Checks that all processes plan the same batches of the same records."""
+  index = [
+    (dataset.name, len(dataset), int(dataset.lengths.sum()))
+    for kind in datasets.values()
+    for dataset in kind
+  ]
+  processes.check_equal('the prepared data', repr(index))
+  processes.check_equal('the plan', repr(pipeline.buckets))
+
+
 def _check_same_run(config: Config, checkpoints: Checkpoints) -> None:
   """Checks that the workdir's run has this configuration."""
   latest = checkpoints.latest()
@@ -332,12 +381,14 @@ def _evaluate_after(
 ) -> dict[str, Any]:
   """Evaluates the trained model, and prints the whole evaluation."""
   path = workdir / 'evaluation.json'
-  results = json.loads(path.read_text())
   after = evaluation.evaluate(state.model)
+  examples = evaluation.show_examples(state.model)
+  results = json.loads(path.read_text())
   results = {'before': results.pop('before'), 'after': after, **results}
   _write_json(path, results)
-  print(_table(results))
-  print(evaluation.show_examples(state.model))
+  if processes.is_first():
+    print(_table(results))
+    print(examples)
   return results
 
 
@@ -364,7 +415,9 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-  """Writes a file whole or not at all."""
+  """Writes a file whole or not at all; the first process does."""
+  if not processes.is_first():
+    return
   partial_path = path.with_name(path.name + '.partial')
   partial_path.write_text(json.dumps(value, indent=2) + '\n')
   partial_path.replace(path)

@@ -15,6 +15,7 @@ from grit_jax.config import (
   ObjectiveConfig,
 )
 from grit_jax.data.dataset import prepare
+from grit_jax.data.filling import RowShards
 from grit_jax.data.pipeline import Pipeline, place_batch
 from grit_jax.data.sources import TRAIN, sources
 from grit_jax.data.tokenizer import SentencePieceTokenizer
@@ -130,7 +131,7 @@ def gradient_on(data, config: Config, shape: tuple[int, ...]):
     config,
     [data['embedding']] if mode.has_embedding else [],
     [data['generative']] if mode.has_generative else [],
-    8,  # the same rows on every mesh
+    RowShards.whole(8),  # the same rows on every mesh
   )
   host = pipeline.build(0)
   function = (
@@ -256,7 +257,9 @@ def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):
     config = dataclasses.replace(
       config, model=dataclasses.replace(config.model, mlp_dim=512)
     )
-    pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)
+    pipeline = Pipeline(
+      config, [data['embedding']], [data['generative']], RowShards.whole(1)
+    )
     function = (
       objective.cached_gradient if chunk_rows else objective.one_pass_gradient
     )
@@ -286,7 +289,9 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
     ),
   )
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  pipeline = Pipeline(config, [data['embedding']], [data['generative']], 1)
+  pipeline = Pipeline(
+    config, [data['embedding']], [data['generative']], RowShards.whole(1)
+  )
   optimizer = make_optimizer(config.optimizer, config.steps)
   step = objective.make_train_step(
     config,

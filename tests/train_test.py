@@ -3,18 +3,24 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from small_run import (
+  ROOT,
+  STEPS,
+  make_config,
+  read_metrics,
+  start,
+  wait_for_step,
+  write_config,
+  write_records,
+)
 
 from grit_jax import config as configuration
 from grit_jax import train
@@ -23,11 +29,9 @@ from grit_jax.config import (
   CheckpointConfig,
   Config,
   ConfigError,
-  DataConfig,
   EvaluationConfig,
   MemoryConfig,
   MeshConfig,
-  ObjectiveConfig,
   OptimizerConfig,
 )
 from grit_jax.data.formats import FormatError
@@ -35,109 +39,17 @@ from grit_jax.data.records import RecordError
 from grit_jax.models import presets
 from grit_jax.sharding import MeshError
 
-ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 6
 # Metrics of one run on two meshes: float32 sums in another order, carried
 # through an optimizer step or two, which divides by the gradient's size.
 MESH_TOLERANCE = 1e-3
-TIMED = 'tokens_per_second'
-
-
-def make_config(folder: pathlib.Path) -> Config:
-  return Config(
-    model=dataclasses.replace(presets.tiny(), vocab_size=0),
-    objective=ObjectiveConfig(mixed_groups=2),
-    data=DataConfig(
-      paths=str(folder),
-      tokenizer_pieces=300,
-      embedding_batch=8,
-      generative_batch=8,
-      max_query_tokens=48,
-      max_passage_tokens=64,
-      max_generative_tokens=64,
-      row_length=64,
-      max_segments=4,
-      row_buckets=1,
-    ),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
-    checkpoint=CheckpointConfig(every_steps=2),
-    evaluation=EvaluationConfig(
-      held_out_fraction=0.3, rows=8, generated_tokens=4
-    ),
-    steps=STEPS,
-    log_every=1,
-  )
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> pathlib.Path:
   """JSON-lines files of both kinds."""
   folder = tmp_path_factory.mktemp('records')
-  rng = np.random.default_rng(0)
-
-  def words(count: int) -> str:
-    return ' '.join(
-      ''.join(rng.choice(list('abcdefgh'), rng.integers(1, 5)))
-      for _ in range(count)
-    )
-
-  with open(folder / 'pairs.jsonl', 'w') as file:
-    for _ in range(60):
-      record = {
-        'query': ['find it', words(3)],
-        'pos': [['', words(5)]],
-        'neg': [['', words(4)]],
-      }
-      file.write(json.dumps(record) + '\n')
-  with open(folder / 'chats.jsonl', 'w') as file:
-    for _ in range(60):
-      file.write(json.dumps({'text': [words(4), words(3)]}) + '\n')
+  write_records(folder)
   return folder
-
-
-def write_config(config: Config, path: pathlib.Path) -> pathlib.Path:
-  """Writes a config file as a user would have one."""
-  path.write_text(
-    'import ml_collections\n'
-    'def get_config():\n'
-    f'  return ml_collections.ConfigDict({dataclasses.asdict(config)!r})\n'
-  )
-  return path
-
-
-def start(config: pathlib.Path, workdir: pathlib.Path, *flags: str):
-  """Starts the command in a process with one device, as on a laptop."""
-  environment = {
-    name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
-  }
-  return subprocess.Popen(
-    [
-      sys.executable, '-m', 'grit_jax.train', f'--config={config}',
-      f'--workdir={workdir}', *flags,
-    ],
-    cwd=ROOT,
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )  # fmt: skip
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if k != TIMED} for line in lines
-  ]
-
-
-def wait_for_step(workdir: pathlib.Path, step: int, process) -> None:
-  """Waits until metrics.jsonl has the step."""
-  path = workdir / 'metrics.jsonl'
-  while process.poll() is None:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
-      return
-    time.sleep(0.02)
-  raise AssertionError(process.stdout.read())
 
 
 @pytest.fixture(scope='module')

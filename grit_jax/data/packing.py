@@ -30,42 +30,67 @@ def pack(lengths: np.ndarray, row_length: int, max_segments: int) -> Packing:
   mixes of text a row more than the tokens would fill.
 
   Args:
-    lengths: int [texts], tokens of each text, at most `row_length`.
+    lengths: int [texts], tokens of each text, 1 to `row_length`.
     row_length: tokens a row.
     max_segments: texts a row, at most.
 
   Returns:
     The place of each text; the same for the same lengths.
   """
-  count = len(lengths)
-  rows, segments, offsets = (np.zeros(count, np.int32) for _ in range(3))
+  lengths = np.asarray(lengths, np.int64)
+  order = np.argsort(-lengths, kind='stable')
   used: list[int] = []  # tokens of each row
   texts: list[int] = []  # texts of each row
   # Open rows by the room left in them, and a bit set of the sizes of room
   # that some row has: the lowest bit at or above a length is the best fit.
   by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
   rooms = 0
-  for text in np.argsort(-np.asarray(lengths, np.int64), kind='stable'):
-    length = int(lengths[text])
-    fitting = rooms >> length
-    if fitting:
-      room = length + (fitting & -fitting).bit_length() - 1
-      row = by_room[room].pop()
-      if not by_room[room]:
-        rooms &= ~(1 << room)
-    else:
-      room, row = row_length, len(used)
-      used.append(0)
-      texts.append(0)
-    rows[text], offsets[text] = row, used[row]
-    used[row] += length
-    texts[row] += 1
-    segments[text] = texts[row]
-    room -= length
-    if room and texts[row] < max_segments:
-      by_room[room].append(row)
-      rooms |= 1 << room
-  return Packing(rows, segments, offsets, len(used))
+  # What is placed at one time: row, number of texts, first segment and offset.
+  placed: list[tuple[int, int, int, int]] = []
+  sizes, counts = np.unique(lengths, return_counts=True)
+  for length, count in zip(
+    sizes[::-1].tolist(), counts[::-1].tolist(), strict=True
+  ):
+    while count:
+      fitting = rooms >> length
+      if fitting:
+        room = length + (fitting & -fitting).bit_length() - 1
+        row = by_room[room].pop()
+        if not by_room[room]:
+          rooms &= ~(1 << room)
+      else:
+        room, row = row_length, len(used)
+        used.append(0)
+        texts.append(0)
+      # With a text in it the row is the best fit of the next one as well, if
+      # that has the same length and still fits.
+      number = min(room // length, max_segments - texts[row], count)
+      placed.append((row, number, texts[row] + 1, used[row]))
+      used[row] += number * length
+      texts[row] += number
+      count -= number
+      room -= number * length
+      if room and texts[row] < max_segments:
+        by_room[room].append(row)
+        rooms |= 1 << room
+  return _unfold(placed, lengths, order, len(used))
+
+
+def _unfold(
+  placed: list[tuple[int, int, int, int]],
+  lengths: np.ndarray,
+  order: np.ndarray,
+  num_rows: int,
+) -> Packing:
+  """Gives each text its place, from runs of texts in the order of packing."""
+  row, number, segment, offset = np.array(placed, np.int64).reshape(-1, 4).T
+  starts = np.cumsum(number) - number
+  within = np.arange(len(order)) - np.repeat(starts, number)
+  rows, segments, offsets = np.empty((3, len(order)), np.int32)
+  rows[order] = np.repeat(row, number)
+  segments[order] = np.repeat(segment, number) + within
+  offsets[order] = np.repeat(offset, number) + within * lengths[order]
+  return Packing(rows, segments, offsets, num_rows)
 
 
 def choose_buckets(
@@ -126,11 +151,11 @@ def choose_buckets(
 
 def smallest_bucket(
   counts: tuple[int, int], buckets: list[tuple[int, int]]
-) -> tuple[int, int]:
-  """Returns the bucket with the fewest rows that holds `counts`."""
+) -> tuple[int, int] | None:
+  """Returns the bucket with the fewest rows that holds `counts`, if any."""
   fitting = [
     bucket
     for bucket in buckets
     if bucket[0] >= counts[0] and bucket[1] >= counts[1]
   ]
-  return min(fitting, key=sum)
+  return min(fitting, key=sum, default=None)

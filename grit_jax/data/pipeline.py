@@ -1,4 +1,8 @@
-"""From the plan to batches, on the host and on the mesh."""
+"""From the plan to batches, on the host and on the mesh.
+
+Every process knows the whole plan of a step, and builds the rows of its own
+devices alone: it reads no record that has no text in them.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,14 +10,19 @@ from collections.abc import Sequence
 import grain
 import jax
 import numpy as np
+from absl import logging
 
 from grit_jax import batch as batches
 from grit_jax.config import Config
 from grit_jax.data import packing
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
-from grit_jax.data.formats import Conversation, EmbeddingText
+from grit_jax.data.filling import Filler, RowShards
 from grit_jax.data.plan import EmbeddingPlan, GenerativePlan, Plan
-from grit_jax.sharding import place
+from grit_jax.sharding import place, place_rows
+
+# Steps whose rows are counted to choose the shapes; of a longer run as many,
+# evenly spread. A step costs some milliseconds, in every process.
+COUNTED_STEPS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +30,9 @@ class HostBatch:
   """A step's batch in numpy, and what is worth knowing of it.
 
   Attributes:
-    batch: the arrays, global.
-    useful_tokens: tokens of texts, without padding.
-    computed_tokens: tokens that the step runs through the model.
+    batch: the arrays; of those of rows, the rows of this process's devices.
+    useful_tokens: tokens of texts, without padding, over all processes.
+    computed_tokens: tokens that the step runs through the model, likewise.
   """
 
   batch: batches.Batch
@@ -39,7 +48,7 @@ class Pipeline:
     config: Config,
     embedding: list[EmbeddingDataset],
     generative: list[GenerativeDataset],
-    row_multiple: int,
+    shards: RowShards,
   ):
     """Plans the run and chooses the shapes of its steps.
 
@@ -47,24 +56,48 @@ class Pipeline:
       config: of the run.
       embedding: data sets; empty without the embedding stream.
       generative: data sets; empty without the generative stream.
-      row_multiple: shards of rows.
+      shards: how the mesh splits rows, and which shards are this process's.
     """
-    self.config = config
+    self.config, self.shards = config, shards
     self.plan = Plan(config, embedding, generative)
-    counts = np.array([self._count_rows(step) for step in range(config.steps)])
-    chunk_rows = config.memory.chunk_rows
-    if chunk_rows:
+    steps = np.arange(config.steps)
+    if len(steps) > COUNTED_STEPS:
+      steps = np.linspace(0, config.steps - 1, COUNTED_STEPS).astype(int)
+    counts = np.array([self._count_rows(step) for step in steps.tolist()])
+    if config.memory.chunk_rows:
       # One shape for all: the most rows of any step, in whole chunks.
-      largest = -(-counts.max(axis=0) // chunk_rows) * chunk_rows
-      self.buckets = [(int(largest[0]), int(largest[1]))]
+      self.buckets = [self._round_up(counts.max(axis=0))]
     else:
       self.buckets = packing.choose_buckets(
-        counts, config.data.row_buckets, row_multiple
+        counts, config.data.row_buckets, shards.count
       )
 
   def _count_rows(self, step: int) -> tuple[int, int]:
     plans = (self.plan.embedding_step(step), self.plan.generative_step(step))
     return tuple(plan.packing.num_rows if plan else 0 for plan in plans)
+
+  def _round_up(self, counts: Sequence[int]) -> tuple[int, int]:
+    """Rounds rows up to whole chunks, or to what the shards divide."""
+    multiple = self.config.memory.chunk_rows or self.shards.count
+    embedding, generative = (-(-int(n) // multiple) * multiple for n in counts)
+    return embedding, generative
+
+  def _choose_shape(self, step: int, counts: tuple[int, int]) -> tuple:
+    """Returns the rows of both streams that a step is padded to.
+
+    A step that was not counted may have more rows than all that were: it gets
+    a shape of its own, which is compiled when it comes.
+    """
+    shape = packing.smallest_bucket(counts, self.buckets)
+    if shape is None:
+      shape = self._round_up(counts)
+      logging.warning(
+        'Step %d has %s rows (embedding, generative), more than any shape '
+        'that was planned for: its own is compiled.',
+        step + 1,
+        shape,
+      )
+    return shape
 
   def build(self, step: int) -> HostBatch:
     """Reads and packs a step's texts."""
@@ -72,72 +105,80 @@ class Pipeline:
     generative_plan = self.plan.generative_step(step)
     plans = (embedding_plan, generative_plan)
     counts = tuple(plan.packing.num_rows if plan else 0 for plan in plans)
-    rows = packing.smallest_bucket(counts, self.buckets)
-    chunk_rows = self.config.memory.chunk_rows
+    rows = self._choose_shape(step, counts)
     embedding = generative = None
     if embedding_plan:
       embedding = self._build_embedding(embedding_plan, rows[0])
     if generative_plan:
       generative = self._build_generative(generative_plan, rows[1])
-    if chunk_rows:
-      counts = tuple(-(-count // chunk_rows) * chunk_rows for count in counts)
+    # Chunks that are not in use are not computed.
+    computed = self._round_up(counts) if self.config.memory.chunk_rows else rows
     return HostBatch(
       batches.Batch(embedding, generative),
       sum(int(plan.lengths.sum()) for plan in plans if plan),
-      sum(counts if chunk_rows else rows) * self.config.data.row_length,
+      sum(computed) * self.config.data.row_length,
+    )
+
+  def _fill(
+    self, plan: EmbeddingPlan | GenerativePlan, num_rows: int
+  ) -> Filler:
+    return Filler(
+      plan.packing,
+      plan.lengths.reshape(-1),
+      num_rows,
+      self.config.data.row_length,
+      self.config.memory.chunk_rows,
+      self.shards,
     )
 
   def _build_embedding(
-    self, plan: EmbeddingPlan, rows: int
+    self, plan: EmbeddingPlan, num_rows: int
   ) -> batches.EmbeddingRows:
-    texts: list[EmbeddingText] = []
-    read = _read(self.plan.embedding, plan.datasets, plan.records)
-    for record, chosen in zip(read, plan.texts, strict=True):
-      texts += [record[text] for text in chosen]
-    fill = Filler(plan.packing, plan.lengths, self._shape(rows))
-    packed = fill.rows(
-      [text.ids for text in texts],
-      [text.in_instruction for text in texts],
+    fill = self._fill(plan, num_rows)
+    places, chosen = np.divmod(fill.texts, plan.texts.shape[1])
+    read = _read(
+      self.plan.embedding, plan.datasets, plan.records, np.unique(places)
+    )
+    texts = [
+      read[place][text]
+      for place, text in zip(
+        places.tolist(), plan.texts[places, chosen].tolist(), strict=True
+      )
+    ]
+    lengths = np.array([text.instruction_length for text in texts], np.int64)
+    rows = fill.rows(
+      [text.ids for text in texts], fill.positions < fill.repeat(lengths)
     )
     slots = plan.packing.rows * self.config.data.max_segments
     slots = (slots + plan.packing.segments - 1).reshape(plan.texts.shape)
     return batches.EmbeddingRows(
-      packed,
-      (packed.segments > 0) & ~packed.in_instruction,
+      rows,
+      (rows.segments > 0) & ~rows.in_instruction,
       slots[:, 0],
       slots[:, 1:],
       self._chunks(plan.packing.num_rows),
     )
 
   def _build_generative(
-    self, plan: GenerativePlan, rows: int
+    self, plan: GenerativePlan, num_rows: int
   ) -> batches.GenerativeRows:
-    texts: list[Conversation] = _read(
-      self.plan.generative, plan.datasets, plan.records
-    )
+    fill = self._fill(plan, num_rows)
+    read = _read(self.plan.generative, plan.datasets, plan.records, fill.texts)
+    texts = [read[place] for place in fill.texts.tolist()]
     weights = reduction_weights(
       plan.loss_tokens,
       self.config.objective.generative_reduction,
       self.config.objective.mixed_groups,
     )
-    fill = Filler(plan.packing, plan.lengths, self._shape(rows))
+    in_loss = fill.join([text.in_loss for text in texts], bool)
     return batches.GenerativeRows(
       fill.rows(
-        [text.ids for text in texts], [text.in_instruction for text in texts]
+        [text.ids for text in texts],
+        fill.join([text.in_instruction for text in texts], bool),
       ),
-      fill(
-        [t.in_loss * w for t, w in zip(texts, weights, strict=True)],
-        np.float32,
-      ),
+      fill(in_loss * fill.repeat(weights[fill.texts]), np.float32),
       self._chunks(plan.packing.num_rows),
     )
-
-  def _shape(self, rows: int) -> tuple[int, ...]:
-    """Returns the shape of a stream's arrays, with chunks where asked for."""
-    data, chunk_rows = self.config.data, self.config.memory.chunk_rows
-    if chunk_rows:
-      return (rows // chunk_rows, chunk_rows, data.row_length)
-    return (rows, data.row_length)
 
   def _chunks(self, num_rows: int) -> np.ndarray:
     """Returns the chunks that hold `num_rows`; 0 without chunks."""
@@ -180,66 +221,30 @@ def reduction_weights(
   return weights.astype(np.float32)
 
 
-def _read(datasets: list, which: np.ndarray, records: np.ndarray) -> list:
-  """Reads records of several data sets, in the order given."""
-  found = [None] * len(records)
-  for number in np.unique(which):
-    places = np.flatnonzero(which == number)
-    read = datasets[number].read(records[places])
-    for position, record in zip(places, read, strict=True):
-      found[position] = record
+def _read(
+  datasets: list, which: np.ndarray, records: np.ndarray, places: np.ndarray
+) -> dict:
+  """Reads some places of a batch, each a record of one of several data sets."""
+  found = {}
+  for number in np.unique(which[places]):
+    wanted = places[which[places] == number]
+    read = datasets[number].read(records[wanted])
+    found.update(zip(wanted.tolist(), read, strict=True))
   return found
 
 
-class Filler:
-  """Writes values a token into packed rows; padding is 0."""
-
-  def __init__(
-    self,
-    packed: packing.Packing,
-    lengths: np.ndarray,
-    shape: tuple[int, ...],
-  ):
-    """Lays down the places.
-
-    Args:
-      packed: where each text goes.
-      lengths: tokens of each text, in the order of `packed`.
-      shape: of the arrays; the last axis is a row.
-    """
-    self.shape = shape
-    self.lengths = lengths.reshape(-1)
-    self.segments = packed.segments
-    starts = packed.rows.astype(np.int64) * shape[-1] + packed.offsets
-    self.positions = np.concatenate([np.arange(n) for n in self.lengths])
-    self.places = np.repeat(starts, self.lengths) + self.positions
-
-  def __call__(self, values: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    """Lays out an array a text."""
-    out = np.zeros(self.shape, dtype)
-    out.reshape(-1)[self.places] = np.concatenate(values)
-    return out
-
-  def rows(
-    self, ids: Sequence[np.ndarray], in_instruction: Sequence[np.ndarray]
-  ) -> batches.Rows:
-    """Returns what the decoder reads."""
-    return batches.Rows(
-      self(ids, np.int32),
-      self([np.repeat(self.segments, self.lengths)], np.int32),
-      self([self.positions], np.int32),
-      self(in_instruction, bool),
-    )
-
-
 def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
-  """Puts a batch on the mesh: rows split, the slots of texts everywhere."""
+  """Puts a batch on the mesh: rows split, the slots of texts everywhere.
+
+  Args:
+    mesh: of all processes.
+    batch: in every process, of the arrays of rows, its own devices' rows.
+  """
 
   def put(path: tuple, x: np.ndarray) -> jax.Array:
     name = path[-1].name
     if name.endswith('slots') or name == 'chunks':
       return place(mesh, np.asarray(x), *(None,) * np.ndim(x))
-    chunked = (None,) if x.ndim == 3 else ()
-    return place(mesh, x, *chunked, 'rows', 'seq')
+    return place_rows(mesh, x)
 
   return jax.tree_util.tree_map_with_path(put, batch)

@@ -1,16 +1,20 @@
 """From a run's sources to its tokenizer and its tokenized data sets."""
 
 import dataclasses
+import time
 
 from absl import logging
 from etils import epath
 
+from grit_jax import processes
 from grit_jax.config import Config, ConfigError
 from grit_jax.data import records
 from grit_jax.data.dataset import Dataset, EmptySplitError, prepare
 from grit_jax.data.sources import TRAIN, Source
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+
+_POLL_SECONDS = 0.5
 
 
 def check_kinds(config: Config, found: list[Source]) -> None:
@@ -35,8 +39,13 @@ def check_kinds(config: Config, found: list[Source]) -> None:
 def train_or_load_tokenizer(
   config: Config, workdir: epath.Path, found: list[Source]
 ) -> Tokenizer:
-  """Returns the run's own tokenizer, trained on the data at its first start."""
+  """Returns the run's own tokenizer, trained on the data at its first start.
+
+  The first of several processes trains it; the others wait for its file.
+  """
   path = workdir / 'tokenizer.model'
+  while not path.exists() and not processes.is_first():
+    time.sleep(_POLL_SECONDS)
   if not path.exists():
     logging.info(
       'Training a tokenizer of %d pieces.', config.data.tokenizer_pieces

@@ -17,14 +17,15 @@ from grit_jax import losses, objective, pooling
 from grit_jax.batch import EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
+from grit_jax.data.filling import Filler, RowShards
 from grit_jax.data.formats import Conversation, EmbeddingText
 from grit_jax.data.packing import Packing, pack
-from grit_jax.data.pipeline import Filler, place_batch
+from grit_jax.data.pipeline import place_batch
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.evaluate import retrieval
 from grit_jax.models.attention import embedding_kind, generative_kind
 from grit_jax.models.decoder import Decoder
-from grit_jax.sharding import place, row_shards, spec
+from grit_jax.sharding import own_row_shards, place, row_shards, spec
 
 EXAMPLES = 3  # retrieved texts, and generated answers, shown
 
@@ -50,6 +51,7 @@ class HeldOutEvaluation:
       generative: held-out data sets; empty without the generative stream.
     """
     self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+    self.shards = RowShards(row_shards(mesh), own_row_shards(mesh))
     records = _sample(embedding, config.evaluation.max_queries, config.seed)
     self.queries: list[EmbeddingText] = [texts[0] for texts in records]
     # Texts that occur twice are one candidate.
@@ -134,10 +136,7 @@ class HeldOutEvaluation:
     """Returns the texts' embeddings, float32 [texts, D] of length 1."""
     encoded: list[np.ndarray | None] = [None] * len(texts)
     for members, packing, fill in self._pack([text.ids for text in texts]):
-      rows = fill.rows(
-        [texts[i].ids for i in members],
-        [texts[i].in_instruction for i in members],
-      )
+      rows = _fill_rows(fill, [texts[i] for i in members[fill.texts]])
       nothing = np.zeros((0,), np.int32)
       batch = EmbeddingRows(
         rows,
@@ -159,25 +158,24 @@ class HeldOutEvaluation:
     """Returns the mean loss of an answer's token."""
     total, count, texts = 0.0, 0, self.conversations
     for members, _, fill in self._pack([text.ids for text in texts]):
-      rows = fill.rows(
-        [texts[i].ids for i in members],
-        [texts[i].in_instruction for i in members],
+      own = [texts[i] for i in members[fill.texts]]
+      in_loss = fill.join([text.in_loss for text in own], bool)
+      batch = GenerativeRows(
+        _fill_rows(fill, own), fill(in_loss, np.float32), np.int32(0)
       )
-      weights = fill([texts[i].in_loss for i in members], np.float32)
-      batch = GenerativeRows(rows, weights, np.int32(0))
       total += float(
         _loss_sum(self.config, model, place_batch(self.mesh, batch))
       )
-      count += int(weights.sum())
+      count += sum(int(texts[i].in_loss.sum()) for i in members)
     return total / count
 
   def _pack(
     self, ids: Sequence[np.ndarray]
-  ) -> Iterator[tuple[list[int], Packing, Filler]]:
+  ) -> Iterator[tuple[np.ndarray, Packing, Filler]]:
     """Packs texts into batches of `evaluation.rows` rows.
 
     Yields:
-      The texts' indices, where they lie, and what writes them there.
+      The texts' indices, where they lie, and what writes this process's.
     """
     data, rows = self.config.data, self.config.evaluation.rows
     lengths = np.array([len(text) for text in ids])
@@ -191,8 +189,11 @@ class HeldOutEvaluation:
         packing.offsets[members],
         rows,
       )
-      fill = Filler(part, lengths[members], (rows, data.row_length))
-      yield members.tolist(), part, fill
+      yield (
+        members,
+        part,
+        Filler(part, lengths[members], rows, data.row_length, 0, self.shards),
+      )
 
   def _first_exchange(
     self, conversation: Conversation
@@ -229,7 +230,8 @@ class HeldOutEvaluation:
 def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
   [hidden] = model([batch.rows], [embedding_kind(config.model.attention)])
   pooled = objective.pool_texts(model, hidden, batch, config.data.max_segments)
-  return pooling.normalise(pooled)
+  # Every process reads all of them.
+  return jax.sharding.reshard(pooling.normalise(pooled), jax.P())
 
 
 @partial(jax.jit, static_argnums=0)
@@ -278,7 +280,17 @@ def _continue(
     extend,
     (tokens, start, jnp.array(False)),
   )
-  return tokens, length
+  # Every process reads the first row.
+  return jax.sharding.reshard(tokens, jax.P()), length
+
+
+def _fill_rows(
+  fill: Filler, texts: Sequence[EmbeddingText | Conversation]
+) -> Rows:
+  return fill.rows(
+    [text.ids for text in texts],
+    fill.join([text.in_instruction for text in texts], bool),
+  )
 
 
 def _sample(datasets: Sequence[Any], count: int, seed: int) -> list:

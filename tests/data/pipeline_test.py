@@ -14,6 +14,7 @@ from grit_jax.config import (
   ObjectiveConfig,
 )
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
+from grit_jax.data.filling import RowShards
 from grit_jax.data.pipeline import Pipeline, place_batch, reduction_weights
 from grit_jax.data.sources import TRAIN, sources
 
@@ -84,12 +85,12 @@ def make_config(reduction: str = 'mixed', chunk_rows: int = 0) -> Config:
 
 @pytest.fixture(scope='module')
 def pipeline(datasets) -> Pipeline:
-  return Pipeline(make_config(), *datasets, 2)
+  return Pipeline(make_config(), *datasets, RowShards.whole(2))
 
 
 @pytest.fixture(scope='module')
 def chunked(datasets) -> Pipeline:
-  return Pipeline(make_config(chunk_rows=CHUNK), *datasets, 2)
+  return Pipeline(make_config(chunk_rows=CHUNK), *datasets, RowShards.whole(2))
 
 
 def assert_equal_batches(one: Batch, other: Batch) -> None:
@@ -227,7 +228,7 @@ def test_the_three_reductions_are_three_means():
 
 @pytest.mark.parametrize('reduction', ['token', 'sample', 'mixed'])
 def test_a_batch_holds_the_weights_of_its_reduction(datasets, reduction):
-  pipeline = Pipeline(make_config(reduction), *datasets, 2)
+  pipeline = Pipeline(make_config(reduction), *datasets, RowShards.whole(2))
   batch = pipeline.build(0).batch.generative
   sums = {
     'token': pipeline.plan.generative_step(0).loss_tokens.sum(),
@@ -311,7 +312,7 @@ def test_a_stream_without_data_is_absent(datasets, absent, chunk_rows):
   else:
     generative = []
   config = make_config(chunk_rows=chunk_rows)
-  pipeline = Pipeline(config, embedding, generative, 2)
+  pipeline = Pipeline(config, embedding, generative, RowShards.whole(2))
   host = pipeline.build(0)
   assert getattr(host.batch, absent) is None
   present = 'generative' if absent == 'embedding' else 'embedding'
@@ -331,11 +332,11 @@ def test_the_iterator_gives_every_step_once_in_order(pipeline):
 
 @pytest.mark.parametrize('done', [0, 1, 4])
 def test_an_iterator_goes_on_from_the_state_of_another(datasets, done):
-  one = Pipeline(make_config(), *datasets, 2).iterate()
+  one = Pipeline(make_config(), *datasets, RowShards.whole(2)).iterate()
   for _ in range(done):
     next(one)
   state = json.loads(json.dumps(one.get_state()))  # as in a checkpoint
-  other = Pipeline(make_config(), *datasets, 2).iterate()
+  other = Pipeline(make_config(), *datasets, RowShards.whole(2)).iterate()
   next(other)
   other.set_state(state)
   rest, found = list(one), list(other)
@@ -350,7 +351,7 @@ def test_rows_are_split_over_devices_and_slots_are_everywhere(
 ):
   mesh = mesh_of(2, 2, 2)
   config = make_config(chunk_rows=chunk_rows)
-  batch = Pipeline(config, *datasets, 4).build(0).batch
+  batch = Pipeline(config, *datasets, RowShards.whole(4)).build(0).batch
   placed = place_batch(mesh, batch)
   assert_equal_batches(jax.tree.map(np.asarray, placed), batch)
   axis = 1 if chunk_rows else 0
