@@ -129,7 +129,7 @@ def test_processes_with_other_data_end_in_a_message(config, tmp_path):
     # The processes have one path, which leads each to its own records.
     home = tmp_path / str(number)
     (home / 'records').mkdir(parents=True)
-    text = '\n'.join(lines[number:]) + '\n'
+    text = '\n'.join(lines[10 * number :]) + '\n'
     (home / 'records' / 'pairs.jsonl').write_text(text)
     running.append(
       start(
