@@ -106,6 +106,7 @@ class Pipeline:
       (packed.segments > 0) & ~packed.in_instruction,
       slots[:, 0],
       slots[:, 1:],
+      self.plan.scored(plan),
       self._chunks(plan.packing.num_rows),
     )
 
@@ -233,11 +234,11 @@ class Filler:
 
 
 def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
-  """Puts a batch on the mesh: rows split, the slots of texts everywhere."""
+  """Puts a batch on the mesh: rows split, what is of texts everywhere."""
 
   def put(path: tuple, x: np.ndarray) -> jax.Array:
     name = path[-1].name
-    if name.endswith('slots') or name == 'chunks':
+    if name in ('query_slots', 'passage_slots', 'scored', 'chunks'):
       return place(mesh, np.asarray(x), *(None,) * np.ndim(x))
     chunked = (None,) if x.ndim == 3 else ()
     return place(mesh, x, *chunked, 'rows', 'seq')
