@@ -250,13 +250,16 @@ def test_a_batch_larger_than_the_data_is_refused_by_its_key(datasets, key):
 
 def test_an_epoch_takes_as_many_records_as_weights_and_caps_say(datasets):
   plan = make_plan(
-    datasets, weights='a=2,b=0.5,y=0', caps='a=30,c=4', generative_batch=2
+    datasets,
+    weights='a=2,b=0.52,y=0',
+    caps='a=30,c=4,x=99',
+    generative_batch=2,
   )
-  assert plan.embedding_order.takes == [30, 4, 4]  # 38 capped, 9 / 2, 14 capped
+  assert plan.embedding_order.takes == [30, 5, 4]  # 38 capped, 4.68, 14 capped
   assert plan.generative_order.takes == [11, 0]
   # 3 batches of `a` alone, and one of the 6 left of it and of b and c.
   order = plan.embedding_order
-  assert (order.batches_per_epoch, order.left_out_per_epoch) == (4, 6)
+  assert (order.batches_per_epoch, order.left_out_per_epoch) == (4, 7)
   seen = set()
   for step in range(40):
     keys = keys_of(plan.embedding_step(step))
