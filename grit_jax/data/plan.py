@@ -90,7 +90,8 @@ class Plan:
         data.mixing,
         (seed, _EMBEDDING_ORDER),
       )
-      _report_unused(embedding, self.embedding_order, data.mixing)
+      if data.mixing == 'none':
+        _report_unused(embedding, self.embedding_order)
     if generative:
       # Conversations need no batch of their own data set: nothing in the
       # generative loss compares them.
@@ -102,7 +103,6 @@ class Plan:
         'all',
         (seed, _GENERATIVE_ORDER),
       )
-      _report_unused(generative, self.generative_order, 'all')
 
   def embedding_step(self, step: int) -> EmbeddingPlan | None:
     """Plans a step's queries and passages; None without embedding data."""
@@ -217,12 +217,8 @@ def count_records(data: DataConfig, datasets: Sequence[Dataset]) -> list[int]:
   return takes
 
 
-def _report_unused(
-  datasets: Sequence[Dataset], order: BatchOrder, mixing: str
-) -> None:
-  """Warns of data sets that no batch has room for."""
-  if mixing != 'none':
-    return
+def _report_unused(datasets: Sequence[Dataset], order: BatchOrder) -> None:
+  """Warns of data sets that make no batch of their own."""
   for dataset, take, own in zip(
     datasets, order.takes, order.own_batches, strict=True
   ):
