@@ -251,7 +251,7 @@ def test_experts_loss_and_gradient_do_not_depend_on_the_mesh(
 ):
   _, gradient, metrics = experts_on_one_device
   (_, found, found_metrics), _ = gradient_on(data, make_expert_config(), shape)
-  assert len(metrics) == 4 + 2 * (4 + 8)
+  assert len(metrics) == 5 + 2 * (4 + 8)
   for name in metrics:
     np.testing.assert_allclose(
       found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
