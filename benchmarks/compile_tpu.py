@@ -152,6 +152,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     rows(_EMBEDDING.value, 'bool'),
     make((pairs,), 'int32', 'texts'),
     make((pairs, passages), 'int32', 'texts', None),
+    make((pairs, pairs * passages), 'bool', 'texts', None),
     chunks,
   )
   generative = GenerativeRows(

@@ -31,6 +31,9 @@ class EmbeddingRows:
   # Which row and segment holds a text: row * max_segments + segment - 1.
   query_slots: jax.Array  # int32 [Q]
   passage_slots: jax.Array  # int32 [Q, G], the positive first
+  # bool [Q, Q * G], the passages that each query is compared with, its own
+  # positive among them; every choice of negatives is a choice of these.
+  scored: jax.Array
   chunks: jax.Array  # int32 [], those in use with gradient caching
 
 

@@ -10,6 +10,7 @@ Batch sizes are global. A field that is 0 (or an empty string) is off.
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any
 
@@ -39,6 +40,33 @@ def _check_positive(group: str, config: Any, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
     _check(value > 0, f'{group}.{name}={value} must be greater than 0.')
+
+
+def parse_numbers(key: str, text: str) -> dict[str, float]:
+  """Parses a number a data set, `NAME=NUMBER,NAME=NUMBER`, as a flag has it.
+
+  Args:
+    key: of the setting, for messages.
+    text: its value; empty: no data set.
+
+  Raises:
+    ConfigError: an entry is malformed or negative, or a name comes twice.
+  """
+  numbers: dict[str, float] = {}
+  for entry in text.split(',') if text else ():
+    name, _, number = (part.strip() for part in entry.rpartition('='))
+    try:
+      value = float(number)
+    except ValueError:
+      value = math.nan
+    _check(
+      bool(name) and math.isfinite(value),
+      f'{key}={text!r}: {entry!r} is not NAME=NUMBER.',
+    )
+    _check(value >= 0, f'{key}={text!r}: {entry!r} is negative.')
+    _check(name not in numbers, f'{key}={text!r} names {name!r} twice.')
+    numbers[name] = value
+  return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +294,25 @@ class DataConfig:
   cache_dir: str = ''
   embedding_batch: int = 2048  # pairs a step
   generative_batch: int = 256  # conversations a step
+  # Batches of pairs. leftovers: of one data set; what is left of each after
+  # whole batches makes batches of several. none: of one data set; what is left
+  # sits the epoch out. all: of all data sets. Conversations always mix.
+  mixing: str = 'leftovers'
+  # A number a data set, by its name (a file's, without .jsonl): `a=2,b=0.5`.
+  # An epoch takes weight times its records, 1 where none is given: with 2 each
+  # twice, with 0.5 a half, and the next epoch the other half; 0 leaves it out.
+  weights: str = ''
+  # In the same form: the records that an epoch takes at most.
+  caps: str = ''
   num_passages: int = 2  # a query: one positive, the others hard negatives
+  # sampled: anew whenever a record comes. fixed: the first ones of the record.
+  # The positive is one of the record's at random in both.
+  hard_negatives: str = 'sampled'
+  # What a query's positive is compared with. all: every passage of the batch.
+  # hard: the query's own hard negatives. in_batch: the positives of the other
+  # queries, without hard negatives (num_passages=1). Known positives of the
+  # query, told by their text, are no negatives in any.
+  negatives: str = 'all'
   max_query_tokens: int = 256
   max_passage_tokens: int = 2048
   max_generative_tokens: int = 2048
@@ -284,6 +330,7 @@ class DataConfig:
       'max_query_tokens', 'max_passage_tokens', 'max_generative_tokens',
       'row_length', 'max_segments', 'row_buckets', 'tokenizer_pieces',
     )  # fmt: skip
+    self._validate_choices()
     for name in (
       'max_query_tokens',
       'max_passage_tokens',
@@ -294,6 +341,37 @@ class DataConfig:
         f'data.{name}={getattr(self, name)} does not fit a row of '
         f'data.row_length={self.row_length} tokens.',
       )
+
+  def _validate_choices(self) -> None:
+    _check_choice('data.mixing', self.mixing, ('leftovers', 'none', 'all'))
+    _check_choice(
+      'data.hard_negatives', self.hard_negatives, ('sampled', 'fixed')
+    )
+    _check_choice('data.negatives', self.negatives, ('all', 'hard', 'in_batch'))
+    _check(
+      self.negatives != 'hard' or self.num_passages > 1,
+      "data.negatives='hard' compares a query with its own hard negatives, but "
+      f'data.num_passages={self.num_passages} takes none.',
+    )
+    _check(
+      self.negatives != 'in_batch' or self.num_passages == 1,
+      "data.negatives='in_batch' takes no hard negatives: set "
+      f'data.num_passages=1, not {self.num_passages}.',
+    )
+    parse_numbers('data.weights', self.weights)
+    for name, cap in parse_numbers('data.caps', self.caps).items():
+      _check(
+        cap >= 1 and cap == int(cap),
+        f'data.caps={self.caps!r}: {name}={cap:g} is no number of records; a '
+        'weight of 0 leaves a data set out.',
+      )
+
+  @property
+  def compared_pairs(self) -> int:
+    """Queries times the passages that each is compared with, none masked."""
+    if self.negatives == 'hard':
+      return self.embedding_batch * self.num_passages
+    return self.embedding_batch**2 * self.num_passages
 
 
 @dataclasses.dataclass(frozen=True)

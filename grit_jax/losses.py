@@ -13,26 +13,34 @@ LOGIT_POSITIONS = 256
 
 
 def contrastive_loss(
-  queries: jax.Array, passages: jax.Array, temperature: float
+  queries: jax.Array,
+  passages: jax.Array,
+  scored: jax.Array,
+  temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy of each query's positive against every passage (eq. 1).
+  """Cross-entropy of each query's positive against passages (eq. 1).
 
   L_rep = -1/Q sum_q log(exp(s(q, p_q) / t) / sum_p exp(s(q, p) / t)), with
-  the cosine s. All in float32 and full precision: a temperature of 0.02
-  multiplies an error of a score by 50.
+  the cosine s and p over the passages that q is compared with. All in float32
+  and full precision: a temperature of 0.02 multiplies an error of a score by
+  50.
 
   Args:
     queries: float32 [Q, D], of length 1.
     passages: float32 [Q, G, D], of length 1; the positive first.
+    scored: bool [Q, Q * G], which passages each query is compared with; its
+      own positive is one of them.
     temperature: t.
 
   Returns:
-    The loss, and the share of queries whose positive scores highest.
+    The loss, and the share of queries whose positive scores highest of these.
   """
   scores = jnp.einsum(
     'qd,ngd->qng', queries, passages, precision=jax.lax.Precision.HIGHEST
   )
   scores = scores.reshape(scores.shape[0], -1) / temperature
+  # A row has its positive, so its largest score is finite, and its gradient.
+  scores = jnp.where(scored, scores, -jnp.inf)
   positive = jnp.arange(scores.shape[0]) * passages.shape[1]
   positive_scores = jnp.take_along_axis(scores, positive[:, None], axis=1)
   loss = jax.nn.logsumexp(scores, axis=1) - positive_scores[:, 0]

@@ -60,17 +60,19 @@ def pool_texts(
 
 
 def representation_loss(
-  pooled: jax.Array, batch: EmbeddingRows, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+  pooled: jax.Array, batch: EmbeddingRows, config: Config
+) -> tuple[jax.Array, Metrics]:
   """L_rep of the texts in `batch`, from all their embeddings.
 
   Args:
     pooled: float32 [R, M, D], split over rows.
-    batch: its slots say which row and segment is which text.
-    temperature: of the contrastive loss.
+    batch: its slots say which row and segment is which text, and `scored`
+      which of them are compared.
+    config: for the temperature and the pairs that would be compared.
 
   Returns:
-    The loss, and the share of queries whose positive scores highest.
+    The loss; and it again, the share of queries whose positive scores highest,
+    and the pairs that were masked as false negatives.
   """
   flat = pooled.reshape(-1, pooled.shape[-1], out_sharding=spec('rows', None))
   # Every query sees all passages: each device contributes the texts of its
@@ -80,9 +82,17 @@ def representation_loss(
   everywhere = spec('texts', None, None)
   passages = flat.at[batch.passage_slots].get(out_sharding=everywhere)
   with jax.named_scope('contrastive_loss'):
-    return losses.contrastive_loss(
-      pooling.normalise(queries), pooling.normalise(passages), temperature
+    loss, accuracy = losses.contrastive_loss(
+      pooling.normalise(queries),
+      pooling.normalise(passages),
+      batch.scored,
+      config.objective.temperature,
     )
+  return loss, {
+    'loss_rep': loss,
+    'in_batch_accuracy': accuracy,
+    'masked_negatives': config.data.compared_pairs - batch.scored.sum(),
+  }
 
 
 def router_loss(
@@ -142,11 +152,9 @@ def one_pass_loss(
     pooled = pool_texts(
       model, hidden[0], batch.embedding, config.data.max_segments
     )
-    loss_rep, accuracy = representation_loss(
-      pooled, batch.embedding, config.objective.temperature
-    )
+    loss_rep, metrics_rep = representation_loss(pooled, batch.embedding, config)
     loss += config.objective.embedding_weight * loss_rep
-    metrics |= {'loss_rep': loss_rep, 'in_batch_accuracy': accuracy}
+    metrics |= metrics_rep
   if batch.generative is not None:
     total = losses.next_token_loss(model, hidden[-1], batch.generative)
     loss_gen = total / batch.generative.loss_weights.sum()
@@ -244,14 +252,10 @@ def _cached_representation_gradient(
       query_slots=_row_major(batch.query_slots, count, size, max_segments),
       passage_slots=_row_major(batch.passage_slots, count, size, max_segments),
     )
-    loss_rep, accuracy = representation_loss(
-      pooled, slots, config.objective.temperature
-    )
-    loss, metrics = router_loss(statistics, ['rep'], config)
+    loss_rep, metrics = representation_loss(pooled, slots, config)
+    loss, router_metrics = router_loss(statistics, ['rep'], config)
     loss += config.objective.embedding_weight * loss_rep
-    return loss, {
-      'loss_rep': loss_rep, 'in_batch_accuracy': accuracy, **metrics
-    }  # fmt: skip
+    return loss, metrics | router_metrics
 
   (loss, metrics), (cache_gradient, statistics_gradient) = jax.value_and_grad(
     loss_of, argnums=(0, 1), has_aux=True

@@ -11,6 +11,7 @@ from grit_jax.config import (
   Config,
   ConfigError,
   DataConfig,
+  parse_numbers,
   resolve,
   to_config_dict,
 )
@@ -158,6 +159,19 @@ WRONG = [
       'row_length', 'max_segments', 'row_buckets', 'tokenizer_pieces',
     )
   ),
+  ('data.mixing', 'some'),
+  ('data.hard_negatives', 'random'),
+  ('data.negatives', 'easy'),
+  ('data.negatives', 'in_batch'),  # with two passages a query
+  *(
+    (f'data.{name}', value)
+    for name in ('weights', 'caps')
+    for value in (
+      'a', '=2', 'a=', 'a=x', 'a=1,', 'a=2,a=3', 'a=-1', 'a=nan', 'a=inf'
+    )
+  ),
+  ('data.caps', 'a=0'),
+  ('data.caps', 'a=1.5'),
   ('data.max_query_tokens', 2049),
   ('data.max_passage_tokens', 2049),
   ('data.max_generative_tokens', 2049),
@@ -248,6 +262,58 @@ def test_texts_may_not_be_longer_than_the_positions(kind: str):
   message = f'data.max_{kind}_tokens=1025 is more than model.max_positions=1024'
   with pytest.raises(ConfigError, match=re.escape(message)):
     resolve(values)
+
+
+@pytest.mark.parametrize(
+  ('entry', 'problem'),
+  [
+    ('b=2=x', 'is not NAME=NUMBER'),
+    ('b=-0.5', 'is negative'),
+    ('b=nan', 'is not NAME=NUMBER'),
+  ],
+)
+def test_a_wrong_number_of_a_data_set_is_named(entry: str, problem: str):
+  for key in ('data.weights', 'data.caps'):
+    text = f'a=1,{entry}'
+    message = f'{key}={text!r}: {entry!r} {problem}'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+      resolve(override(key, text))
+
+
+def test_numbers_of_data_sets_are_parsed():
+  assert parse_numbers('key', '') == {}
+  # A name may have an equals sign, since a file's may.
+  found = parse_numbers('key', 'a=2, b = 0.5,c=d=0,e=1e3')
+  assert found == {'a': 2.0, 'b': 0.5, 'c=d': 0.0, 'e': 1000.0}
+
+
+@pytest.mark.parametrize(
+  ('negatives', 'passages', 'message'),
+  [
+    ('hard', 1, "negatives='hard' .* data.num_passages=1 takes none"),
+    ('in_batch', 2, "negatives='in_batch' .* data.num_passages=1, not 2"),
+  ],
+)
+def test_choices_of_negatives_that_contradict_the_passages_raise(
+  negatives: str, passages: int, message: str
+):
+  values = make_config()
+  values.data.negatives, values.data.num_passages = negatives, passages
+  with pytest.raises(ConfigError, match=message):
+    resolve(values)
+  values.data.num_passages = 3 - passages
+  resolve(values)
+
+
+@pytest.mark.parametrize(
+  ('negatives', 'passages', 'pairs'),
+  [('all', 3, 16 * 3), ('hard', 3, 4 * 3), ('in_batch', 1, 16)],
+)
+def test_compared_pairs_are_queries_times_passages(negatives, passages, pairs):
+  data = DataConfig(
+    embedding_batch=4, num_passages=passages, negatives=negatives
+  )
+  assert data.compared_pairs == pairs
 
 
 def test_two_axes_of_minus_one_raise():

@@ -28,11 +28,14 @@ TEMPERATURE = 0.02
 VOCAB = presets.tiny().vocab_size
 
 
-def contrast(queries: np.ndarray, passages: np.ndarray) -> float:
+def contrast(
+  queries: np.ndarray, passages: np.ndarray, scored: np.ndarray
+) -> float:
   """Equation 1 in numpy: the positive of query q is passage (q, 0)."""
   total = 0.0
   for q, query in enumerate(queries):
-    scores = passages.reshape(-1, passages.shape[-1]) @ query / TEMPERATURE
+    compared = passages.reshape(-1, passages.shape[-1])[scored[q]]
+    scores = compared @ query / TEMPERATURE
     own = passages[q, 0] @ query / TEMPERATURE
     total -= own - scores.max() - np.log(np.exp(scores - scores.max()).sum())
   return total / len(queries)
@@ -49,18 +52,29 @@ def draw_embeddings(group: int) -> tuple[np.ndarray, np.ndarray]:
   )
 
 
-@pytest.mark.parametrize('group', [1, 3])
-def test_contrastive_loss_and_gradient_equal_float64(group: int):
+def draw_scored(group: int) -> np.ndarray:
+  """Half of the passages, the queries' own positives among them."""
+  scored = np.random.default_rng(1).random((4, 4 * group)) < 0.5
+  scored[np.arange(4), np.arange(4) * group] = True
+  return scored
+
+
+@pytest.mark.parametrize(
+  ('group', 'masked'), [(1, False), (3, False), (3, True)]
+)
+def test_contrastive_loss_and_gradient_equal_float64(group: int, masked: bool):
   queries, passages = draw_embeddings(group)
+  scored = draw_scored(group) if masked else np.ones((4, 4 * group), bool)
   (loss, _), gradients = jax.value_and_grad(
     losses.contrastive_loss, argnums=(0, 1), has_aux=True
   )(
     jnp.asarray(queries, 'float32'),
     jnp.asarray(passages, 'float32'),
+    scored,
     TEMPERATURE,
   )
   np.testing.assert_allclose(
-    loss, contrast(queries, passages), rtol=LOSS_TOLERANCE
+    loss, contrast(queries, passages, scored), rtol=LOSS_TOLERANCE
   )
   arrays = (queries, passages)
   for x, gradient in zip(arrays, gradients, strict=True):
@@ -69,7 +83,7 @@ def test_contrastive_loss_and_gradient_equal_float64(group: int):
       value, ends = x[index], []
       for step in (STEP, -STEP):
         x[index] = value + step
-        ends.append(contrast(*arrays))
+        ends.append(contrast(*arrays, scored))
       x[index] = value
       expected[index] = (ends[0] - ends[1]) / (2 * STEP)
     np.testing.assert_allclose(
@@ -81,11 +95,17 @@ def test_contrastive_accuracy_counts_positives_that_score_highest():
   queries = jnp.eye(4)
   passages = jnp.stack([jnp.eye(4), jnp.eye(4)[::-1] * 0.5], axis=1)
   swapped = passages.at[0].set(passages[1]).at[1].set(passages[0])
+  everything = jnp.ones((4, 8), bool)
   share = [
-    losses.contrastive_loss(queries, x, TEMPERATURE)[1]
+    losses.contrastive_loss(queries, x, everything, TEMPERATURE)[1]
     for x in (passages, swapped, passages[:, ::-1])
   ]
   assert share == [1.0, 0.5, 0.0]
+  # Each query with its own positive alone.
+  own = jnp.repeat(jnp.eye(4, dtype=bool), 2, axis=1)
+  own &= jnp.arange(8) % 2 == 0
+  loss, accuracy = losses.contrastive_loss(queries, swapped, own, TEMPERATURE)
+  assert (loss, accuracy) == (0.0, 1.0)
 
 
 def make_batch(pack: Callable, length: int) -> GenerativeRows:

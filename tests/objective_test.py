@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from grit_jax import objective, sharding
+from grit_jax.batch import EmbeddingRows
 from grit_jax.config import (
   Config,
   DataConfig,
@@ -52,7 +53,9 @@ def data(tmp_path_factory):
     for i in range(48):
       record = {
         'query': ['find ' + texts[i][:3], words(rng, 3)],
-        'pos': [['', words(rng, int(rng.integers(2, 12)))]],
+        # Some positives are those of several records, so that the loss masks
+        # false negatives.
+        'pos': [['', texts[i % 7] if i % 3 else words(rng, 10)]],
         'neg': [['', words(rng, 5)], ['', words(rng, 9)]],
       }
       file.write(json.dumps(record) + '\n')
@@ -168,7 +171,49 @@ def assert_equal_gradients(one, other) -> None:
 @pytest.fixture(scope='module')
 def one_device(data):
   (model, gradient, metrics), host = gradient_on(data, make_config(), (1, 1, 1))
+  masked = np.sum(~host.batch.embedding.scored)
+  assert metrics['masked_negatives'] == masked > 0
   return model, gradient, metrics, host
+
+
+@pytest.mark.parametrize('negatives', ['all', 'hard'])
+def test_representation_loss_is_that_of_the_texts_in_the_slots(negatives):
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices())
+  rng = np.random.default_rng(0)
+  pooled = rng.standard_normal((8, 4, 6)).astype(np.float32)
+  slots = rng.permutation(32)[:20].reshape(5, 4).astype(np.int32)
+  scored = rng.random((5, 5, 3)) < 0.5
+  if negatives == 'hard':
+    scored &= np.eye(5, dtype=bool)[..., None]
+  scored[np.arange(5), np.arange(5), 0] = True
+  config = make_config(objective=ObjectiveConfig(temperature=0.5))
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(
+      config.data, embedding_batch=5, negatives=negatives
+    ),
+  )
+  texts = pooled.astype(np.float64).reshape(32, 6)[slots]
+  texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
+  losses, right = [], []
+  for query, own in enumerate(texts[:, 0]):
+    positive = texts[query, 1] @ own / 0.5
+    others = texts[:, 1:][scored[query]] @ own / 0.5
+    losses.append(np.log(np.exp(others).sum()) - positive)
+    right.append(positive == others.max())
+  nothing = np.zeros((8, 4), bool)
+  rows = EmbeddingRows(
+    nothing, nothing, slots[:, 0], slots[:, 1:], scored.reshape(5, 15),
+    np.int32(0),
+  )  # fmt: skip
+  with jax.set_mesh(mesh):
+    batch = place_batch(mesh, rows)
+    placed = sharding.place(mesh, pooled, 'rows', None, None)
+    loss, metrics = objective.representation_loss(placed, batch, config)
+  np.testing.assert_allclose(loss, np.mean(losses), rtol=MESH_TOLERANCE)
+  assert metrics['in_batch_accuracy'] == np.float32(np.mean(right))
+  possible = 15 if negatives == 'hard' else 75
+  assert metrics['masked_negatives'] == possible - scored.sum()
 
 
 @pytest.mark.parametrize('shape', MESHES)
@@ -207,7 +252,7 @@ def test_experts_loss_and_gradient_do_not_depend_on_the_mesh(
 ):
   _, gradient, metrics = experts_on_one_device
   (_, found, found_metrics), _ = gradient_on(data, make_expert_config(), shape)
-  assert len(metrics) == 4 + 2 * (4 + 8)
+  assert len(metrics) == 5 + 2 * (4 + 8)
   for name in metrics:
     np.testing.assert_allclose(
       found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name

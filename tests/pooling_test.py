@@ -32,7 +32,7 @@ def make_batch(rows: Rows) -> EmbeddingRows:
   """All tokens of the text are pooled."""
   none = np.zeros((0,), np.int32)
   pooled = (rows.segments > 0) & ~rows.in_instruction
-  return EmbeddingRows(rows, pooled, none, none, np.int32(0))
+  return EmbeddingRows(rows, pooled, none, none, none, np.int32(0))
 
 
 def pool_text(hidden: np.ndarray, is_text: np.ndarray, pooling: str):

@@ -73,7 +73,7 @@ def streams(pack: Callable) -> tuple[EmbeddingRows, GenerativeRows]:
   weights = np.random.default_rng(0).random(second.tokens.shape)
   weights = (weights * (second.positions > 0)).astype(np.float32)
   return (
-    EmbeddingRows(first, pooled, none, none, np.int32(0)),
+    EmbeddingRows(first, pooled, none, none, none, np.int32(0)),
     GenerativeRows(second, weights, np.int32(0)),
   )
 

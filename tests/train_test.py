@@ -69,7 +69,7 @@ def test_run_leaves_what_the_readme_says(whole_run):
   assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
   assert {
     'loss', 'loss_rep', 'loss_gen', 'grad_norm', 'learning_rate',
-    'padding_fraction',
+    'padding_fraction', 'masked_negatives',
   } <= set(metrics[0])  # fmt: skip
   assert json.loads((workdir / 'config.json').read_text())['steps'] == STEPS
   evaluation = json.loads((workdir / 'evaluation.json').read_text())

@@ -156,6 +156,7 @@ class Pipeline:
       (rows.segments > 0) & ~rows.in_instruction,
       slots[:, 0],
       slots[:, 1:],
+      self.plan.scored(plan),
       self._chunks(plan.packing.num_rows),
     )
 
@@ -234,7 +235,7 @@ def _read(
 
 
 def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
-  """Puts a batch on the mesh: rows split, the slots of texts everywhere.
+  """Puts a batch on the mesh: rows split, what is of texts everywhere.
 
   Args:
     mesh: of all processes.
@@ -243,7 +244,7 @@ def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
 
   def put(path: tuple, x: np.ndarray) -> jax.Array:
     name = path[-1].name
-    if name.endswith('slots') or name == 'chunks':
+    if name in ('query_slots', 'passage_slots', 'scored', 'chunks'):
       return place(mesh, np.asarray(x), *(None,) * np.ndim(x))
     return place_rows(mesh, x)
 

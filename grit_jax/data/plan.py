@@ -5,16 +5,22 @@ plan, and a resumed run goes on with the batches it would have seen.
 """
 
 import dataclasses
-import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
-from grit_jax.config import Config, ConfigError
-from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
+from grit_jax.config import Config, ConfigError, DataConfig, parse_numbers
+from grit_jax.data import negatives
+from grit_jax.data.dataset import Dataset, EmbeddingDataset, GenerativeDataset
+from grit_jax.data.order import BatchOrder
 from grit_jax.data.packing import Packing, pack
 
 # What a random draw is for; part of its seed, so that draws are independent.
 _EMBEDDING_ORDER, _GENERATIVE_ORDER, _PASSAGES = range(3)
+
+# Records whose index is looked at together.
+_CHUNK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,81 +62,6 @@ class GenerativePlan:
   packing: Packing
 
 
-class BatchOrder:
-  """Which records each step takes.
-
-  An epoch cuts every data set into batches; what is left over of all of them
-  makes further batches, and at last fewer than a batch's records sit the epoch
-  out. The batches come in random order.
-
-  A batch is a stratified sample: the records, sorted by length, fall into as
-  many strata as a batch has places, and each batch takes one of each at
-  random. So all batches of a data set have nearly the same number of tokens,
-  and few shapes fit them with little padding.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    lengths: list[np.ndarray],
-    batch: int,
-    seed: tuple[int, ...],
-  ):
-    """Lays down the order.
-
-    Args:
-      name: the key of the batch size, for messages.
-      lengths: for each data set, the expected tokens of its records in a step.
-      batch: records a step.
-      seed: of the shuffles.
-
-    Raises:
-      ConfigError: there are fewer records than a batch takes.
-    """
-    self.starts = np.cumsum([0, *map(len, lengths)])
-    self.lengths = np.concatenate(lengths)
-    total = len(self.lengths)
-    if total < batch:
-      raise ConfigError(
-        f'{name}={batch}, but there are only {total} such records.'
-      )
-    self.batch, self.seed = batch, seed
-    self.batches_per_epoch = total // batch
-    self.left_out_per_epoch = total % batch
-
-  def _stratify(
-    self, rng: np.random.Generator, records: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns batches of records, int64 [batches, B], and those left over."""
-    records = rng.permutation(records)
-    count = len(records) // self.batch
-    kept, left = np.split(records, [count * self.batch])
-    kept = kept[np.argsort(self.lengths[kept], kind='stable')]
-    strata = rng.permuted(kept.reshape(self.batch, count), axis=1)
-    # Within a batch the order is random again: groups of the `mixed` loss
-    # must not be groups by length.
-    return rng.permuted(strata.T, axis=1), left
-
-  @functools.lru_cache(maxsize=2)  # noqa: B019 (an order lives as long as a run)
-  def _epoch(self, epoch: int) -> np.ndarray:
-    """Returns an epoch's batches, int64 [batches, B], over all data sets."""
-    rng = np.random.default_rng([*self.seed, epoch])
-    batches, leftovers = [], []
-    for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
-      whole, left = self._stratify(rng, np.arange(start, stop))
-      batches.append(whole)
-      leftovers.append(left)
-    whole, _ = self._stratify(rng, np.concatenate(leftovers))
-    return rng.permutation(np.concatenate([*batches, whole]), axis=0)
-
-  def records(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the data set and the record of each place in a step's batch."""
-    epoch, place = divmod(step, self.batches_per_epoch)
-    chosen = self._epoch(epoch)[place]
-    datasets = np.searchsorted(self.starts, chosen, side='right') - 1
-    return datasets, chosen - self.starts[datasets]
-
-
 class Plan:
   """Decides every step's batch from the index of the data sets."""
 
@@ -143,27 +74,33 @@ class Plan:
     """Takes the data sets that the mode needs; the other list is empty.
 
     Raises:
-      ConfigError: there are fewer records than a batch takes.
+      ConfigError: there are fewer records than a batch takes, or
+        `data.weights` or `data.caps` names no data set.
     """
     self.config = config
     self.embedding, self.generative = embedding, generative
     data, seed = config.data, config.seed
+    takes = count_records(data, [*embedding, *generative])
     if embedding:
       self.embedding_order = BatchOrder(
         'data.embedding_batch',
-        [_expected_tokens(dataset, data.num_passages) for dataset in embedding],
+        [_expected_tokens(dataset, data) for dataset in embedding],
+        takes[: len(embedding)],
         data.embedding_batch,
+        data.mixing,
         (seed, _EMBEDDING_ORDER),
       )
+      if data.mixing == 'none':
+        _report_unused(embedding, self.embedding_order)
     if generative:
       # Conversations need no batch of their own data set: nothing in the
       # generative loss compares them.
-      self.generative_starts = np.cumsum([0, *map(len, generative)])
-      lengths = np.concatenate([dataset.lengths for dataset in generative])
       self.generative_order = BatchOrder(
         'data.generative_batch',
-        [lengths],
+        [dataset.lengths for dataset in generative],
+        takes[len(embedding) :],
         data.generative_batch,
+        'all',
         (seed, _GENERATIVE_ORDER),
       )
 
@@ -173,45 +110,62 @@ class Plan:
       return None
     data = self.config.data
     datasets, records = self.embedding_order.records(step)
-    rng = np.random.default_rng([self.config.seed, _PASSAGES, step])
-    texts = np.zeros((len(records), 1 + data.num_passages), np.int64)
-    lengths = np.zeros_like(texts)
-    for place, (which, record) in enumerate(
-      zip(datasets, records, strict=True)
-    ):
-      dataset = self.embedding[which]
-      start, stop = dataset.offsets[record : record + 2]
-      positives = int(dataset.num_positives[record])
-      negatives = int(stop - start) - 1 - positives
-      texts[place, 1] = 1 + rng.integers(positives)
-      texts[place, 2:] = (
-        1
-        + positives
-        + rng.choice(negatives, data.num_passages - 1, replace=False)
-      )
-      lengths[place] = dataset.lengths[start + texts[place]]
+    starts, sizes, positives = np.empty((3, len(records)), np.int64)
+    for dataset, places in _by_dataset(self.embedding, datasets):
+      chosen = records[places]
+      starts[places] = dataset.offsets[chosen]
+      sizes[places] = dataset.offsets[chosen + 1] - starts[places]
+      positives[places] = dataset.num_positives[chosen]
+    texts = negatives.choose_passages(
+      np.random.default_rng([self.config.seed, _PASSAGES, step]),
+      positives,
+      sizes - 1 - positives,
+      data.num_passages,
+      data.hard_negatives,
+    )
+    lengths = np.empty_like(texts)
+    for dataset, places in _by_dataset(self.embedding, datasets):
+      lengths[places] = dataset.lengths[starts[places, None] + texts[places]]
     packing = pack(lengths.reshape(-1), data.row_length, data.max_segments)
     return EmbeddingPlan(datasets, records, texts, lengths, packing)
+
+  def scored(self, plan: EmbeddingPlan) -> np.ndarray:
+    """Returns which passages each query is compared with, bool [Q, Q * G].
+
+    See `negatives.compare`. Not in the step's plan, since planning a run's
+    rows goes through all steps, and does not need it.
+    """
+    hashes = np.empty(plan.texts.shape, np.uint64)
+    owners, positives = [], []
+    for dataset, places in _by_dataset(self.embedding, plan.datasets):
+      records = plan.records[places]
+      starts = dataset.offsets[records]
+      hashes[places] = dataset.text_hashes[starts[:, None] + plan.texts[places]]
+      counts = dataset.num_positives[records]
+      owners.append(np.repeat(places, counts))
+      # The numbers from 1 to a record's count, after its start.
+      within = 1 + np.arange(counts.sum())
+      within -= np.repeat(np.cumsum(counts) - counts, counts)
+      known = np.repeat(starts, counts) + within
+      positives.append(dataset.text_hashes[known])
+    return negatives.compare(
+      hashes[:, 0],
+      hashes[:, 1:],
+      np.concatenate(owners),
+      np.concatenate(positives),
+      self.config.data.negatives,
+    )
 
   def generative_step(self, step: int) -> GenerativePlan | None:
     """Plans a step's conversations; None without generative data."""
     if not self.generative:
       return None
     data = self.config.data
-    _, places = self.generative_order.records(step)
-    starts = self.generative_starts
-    datasets = np.searchsorted(starts, places, side='right') - 1
-    records = places - starts[datasets]
-    lengths, loss_tokens = (
-      np.array(
-        [
-          getattr(self.generative[which], name)[record]
-          for which, record in zip(datasets, records, strict=True)
-        ],
-        np.int64,
-      )
-      for name in ('lengths', 'loss_tokens')
-    )
+    datasets, records = self.generative_order.records(step)
+    lengths, loss_tokens = np.empty((2, len(records)), np.int64)
+    for dataset, places in _by_dataset(self.generative, datasets):
+      lengths[places] = dataset.lengths[records[places]]
+      loss_tokens[places] = dataset.loss_tokens[records[places]]
     packing = pack(lengths, data.row_length, data.max_segments)
     return GenerativePlan(datasets, records, lengths, loss_tokens, packing)
 
@@ -230,12 +184,76 @@ class Plan:
     return names
 
 
-def _expected_tokens(
-  dataset: EmbeddingDataset, num_passages: int
-) -> np.ndarray:
-  """Returns the tokens of each record's query and passages, on average."""
-  starts = dataset.offsets[:-1]
-  texts = np.diff(dataset.offsets)
-  queries = dataset.lengths[starts]
-  passages = np.add.reduceat(dataset.lengths, starts) - queries
-  return queries + num_passages * passages / (texts - 1)
+def count_records(data: DataConfig, datasets: Sequence[Dataset]) -> list[int]:
+  """Returns the records that an epoch takes of each data set.
+
+  Raises:
+    ConfigError: `data.weights` or `data.caps` names another data set.
+  """
+  names = [dataset.name for dataset in datasets]
+  given = {}
+  for key in ('weights', 'caps'):
+    text = getattr(data, key)
+    given[key] = parse_numbers(f'data.{key}', text)
+    for name in given[key]:
+      if name not in names:
+        raise ConfigError(
+          f'data.{key}={text!r}: {name!r} is none of the data sets in use: '
+          f'{", ".join(names)}.'
+        )
+  takes = []
+  for dataset in datasets:
+    take = round(given['weights'].get(dataset.name, 1) * len(dataset))
+    take = min(take, int(given['caps'].get(dataset.name, take)))
+    if take != len(dataset):
+      logging.info(
+        '%s: an epoch takes %d of its %d records%s.',
+        dataset.name,
+        take,
+        len(dataset),
+        '' if take else '; the data set is left out',
+      )
+    takes.append(take)
+  return takes
+
+
+def _report_unused(datasets: Sequence[Dataset], order: BatchOrder) -> None:
+  """Warns of data sets that make no batch of their own."""
+  for dataset, take, own in zip(
+    datasets, order.takes, order.own_batches, strict=True
+  ):
+    if take and not own:
+      logging.warning(
+        '%s: %d different records an epoch are no batch of %d, and with '
+        "data.mixing='none' the data set is never used.",
+        dataset.name,
+        min(take, len(dataset)),
+        order.batch,
+      )
+
+
+def _by_dataset(
+  datasets: Sequence[Dataset], which: np.ndarray
+) -> Iterator[tuple[Dataset, np.ndarray]]:
+  """Yields each data set of a batch, and its places there."""
+  for number in np.unique(which):
+    yield datasets[number], np.flatnonzero(which == number)
+
+
+def _expected_tokens(dataset: EmbeddingDataset, data: DataConfig) -> np.ndarray:
+  """Returns the tokens of each record in a step on average, int32 [n]."""
+  expected = np.empty(len(dataset), np.int32)
+  hard = data.num_passages - 1
+  for begin in range(0, len(dataset), _CHUNK):
+    chunk = slice(begin, begin + _CHUNK)
+    bounds = dataset.offsets[begin : begin + _CHUNK + 1]
+    lengths = dataset.lengths[bounds[0] : bounds[-1]]
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    starts, stops = bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
+    firsts = starts + 1 + dataset.num_positives[chunk]  # of the negatives
+    if data.hard_negatives == 'fixed':
+      stops = firsts + hard
+    positive = (before[firsts] - before[starts + 1]) / (firsts - starts - 1)
+    negative = (before[stops] - before[firsts]) / np.maximum(stops - firsts, 1)
+    expected[chunk] = np.rint(lengths[starts] + positive + hard * negative)
+  return expected

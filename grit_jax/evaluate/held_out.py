@@ -143,6 +143,7 @@ class HeldOutEvaluation:
         (rows.segments > 0) & ~rows.in_instruction,
         nothing,
         nothing[:, None],
+        np.zeros((0, 0), bool),
         np.int32(0),
       )
       found = np.asarray(

@@ -210,7 +210,7 @@ class Ours:
     )
     pooled = (rows.segments > 0) & ~rows.in_instruction
     none = np.zeros((0,), np.int32)
-    batch = EmbeddingRows(rows, pooled, none, none[:, None], np.int32(0))
+    batch = EmbeddingRows(rows, pooled, none, none[:, None], none, np.int32(0))
     with jax.set_mesh(self.mesh):
       found = np.asarray(embed_rows(self.model, batch))
     return found[packed.rows, packed.segments - 1]

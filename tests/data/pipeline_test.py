@@ -140,6 +140,7 @@ def test_slots_lead_to_the_texts_as_they_are_read_one_by_one(
   assert told
   # Nothing else lies in the rows.
   assert (batch.rows.segments > 0).sum() == plan.lengths.sum()
+  np.testing.assert_array_equal(batch.scored, pipeline.plan.scored(plan))
 
 
 @pytest.mark.parametrize('step', range(STEPS))
@@ -359,7 +360,7 @@ def test_rows_are_split_over_devices_and_slots_are_everywhere(
     name = path[-1].name
     assert leaf.sharding.mesh == mesh
     shards = {shard.data.shape for shard in leaf.addressable_shards}
-    if name in ('query_slots', 'passage_slots', 'chunks'):
+    if name in ('query_slots', 'passage_slots', 'scored', 'chunks'):
       assert leaf.is_fully_replicated, name
       continue
     expected = list(leaf.shape)

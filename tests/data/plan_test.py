@@ -8,12 +8,7 @@ import pytest
 
 from grit_jax.config import Config, ConfigError, DataConfig
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
-from grit_jax.data.plan import (
-  BatchOrder,
-  EmbeddingPlan,
-  GenerativePlan,
-  Plan,
-)
+from grit_jax.data.plan import EmbeddingPlan, GenerativePlan, Plan
 from grit_jax.data.sources import TRAIN, sources
 
 # Records of each embedding data set. A batch of 8 leaves 3, 1 and 6 over: ten
@@ -253,6 +248,146 @@ def test_a_batch_larger_than_the_data_is_refused_by_its_key(datasets, key):
     make_plan(datasets, **{key: size + 1})
 
 
+def test_an_epoch_takes_as_many_records_as_weights_and_caps_say(datasets):
+  plan = make_plan(
+    datasets,
+    weights='a=2,b=0.52,y=0',
+    caps='a=30,c=4,x=99',
+    generative_batch=2,
+  )
+  assert plan.embedding_order.takes == [30, 5, 4]  # 38 capped, 4.68, 14 capped
+  assert plan.generative_order.takes == [11, 0]
+  # 3 batches of `a` alone, and one of the 6 left of it and of b and c.
+  order = plan.embedding_order
+  assert (order.batches_per_epoch, order.left_out_per_epoch) == (4, 7)
+  seen = set()
+  for step in range(40):
+    keys = keys_of(plan.embedding_step(step))
+    assert len(set(keys)) == BATCH
+    seen |= set(keys)
+    assert (plan.generative_step(step).datasets == 0).all()
+  # What an epoch does not take, another does.
+  assert len(seen) == sum(SIZES.values())
+  assert plan.generative_order.batches_per_epoch == 5
+
+
+def test_data_sets_left_out_are_named(datasets, caplog):
+  with caplog.at_level('INFO'):
+    make_plan(datasets, weights='y=0')
+  assert 'y: an epoch takes 0 of its 6 records; the data set is left out' in (
+    caplog.text
+  )
+  assert 'a: an epoch' not in caplog.text
+  caplog.clear()
+  with caplog.at_level('INFO'):
+    make_plan(datasets, mixing='none', embedding_batch=10)
+  assert 'b: 9 different records an epoch are no batch of 10' in caplog.text
+  assert caplog.text.count('never used') == 1
+
+
+@pytest.mark.parametrize('key', ['weights', 'caps'])
+def test_a_number_for_an_unknown_data_set_is_refused(datasets, key):
+  make_plan(datasets, **{key: 'a=2,x=3'})
+  message = f"data.{key}='a=2,z=1': 'z' is none of .*: a, b, c, x, y"
+  with pytest.raises(ConfigError, match=message):
+    make_plan(datasets, **{key: 'a=2,z=1'})
+
+
+@pytest.mark.parametrize('mixing', ['none', 'all'])
+def test_batches_mix_data_sets_as_configured(datasets, mixing):
+  plan = make_plan(datasets, mixing=mixing)
+  count = {'none': 4, 'all': 5}[mixing]
+  assert plan.embedding_order.batches_per_epoch == count
+  assert plan.embedding_order.left_out_per_epoch == 42 - count * BATCH
+  kinds = [set(plan.embedding_step(s).datasets.tolist()) for s in range(20)]
+  assert {len(kind) for kind in kinds} == ({1} if mixing == 'none' else {2, 3})
+  # Conversations mix in any case.
+  assert any(len(set(plan.generative_step(s).datasets)) > 1 for s in range(4))
+
+
+def test_fixed_negatives_are_the_first_of_the_record(datasets):
+  plan = make_plan(datasets, hard_negatives='fixed')
+  positives = set()
+  for step in range(2 * EPOCH):
+    planned = plan.embedding_step(step)
+    for (which, record), texts in zip(
+      keys_of(planned), planned.texts.tolist(), strict=True
+    ):
+      count = int(datasets[0][which].num_positives[record])
+      assert texts[2:] == [1 + count, 2 + count]
+      positives.add((count, texts[1]))
+  assert {(3, 1), (3, 2), (3, 3)} <= positives
+
+
+def scored_one_by_one(
+  plan: Plan, step: int, datasets: list[EmbeddingDataset], negatives: str
+) -> np.ndarray:
+  """What each query is compared with, from the texts as they are read."""
+  planned = plan.embedding_step(step)
+  read = []
+  for which, record in keys_of(planned):
+    [texts] = datasets[which].read([record])
+    texts = [tuple(text.ids[text.instruction_length :]) for text in texts]
+    read.append((texts, int(datasets[which].num_positives[record])))
+  scored = []
+  for place, (texts, count) in enumerate(read):
+    row = []
+    for other, (passages, _) in enumerate(read):
+      for number, text in enumerate(planned.texts[other, 1:]):
+        right = passages[text] in texts[1 : 1 + count]
+        own = other == place
+        compared = not right and (own or negatives != 'hard')
+        row.append(compared or (own and number == 0))
+    scored.append(row)
+  return np.array(scored)
+
+
+@pytest.mark.parametrize(
+  ('negatives', 'passages', 'mixing'),
+  [('all', 3, 'leftovers'), ('hard', 3, 'none'), ('in_batch', 1, 'all')],
+)
+def test_queries_are_compared_with_all_but_their_known_positives(
+  datasets, negatives, passages, mixing
+):
+  plan = make_plan(
+    datasets, negatives=negatives, num_passages=passages, mixing=mixing
+  )
+  data = plan.config.data
+  masked = 0
+  for step in range(4):
+    scored = plan.scored(plan.embedding_step(step))
+    expected = scored_one_by_one(plan, step, datasets[0], negatives)
+    np.testing.assert_array_equal(scored, expected)
+    masked += data.compared_pairs - scored.sum()
+  assert masked > 0
+
+
+@pytest.mark.parametrize('hard_negatives', ['sampled', 'fixed'])
+@pytest.mark.parametrize('passages', [1, PASSAGES])
+def test_records_are_ordered_by_the_tokens_they_have_on_average(
+  datasets, hard_negatives, passages, monkeypatch
+):
+  monkeypatch.setattr('grit_jax.data.plan._CHUNK', 4)
+  plan = make_plan(
+    datasets, hard_negatives=hard_negatives, num_passages=passages
+  )
+  expected = []
+  for dataset in datasets[0]:
+    for record in range(len(dataset)):
+      [texts] = dataset.read([record])
+      query, *others = [len(text.ids) for text in texts]
+      count = int(dataset.num_positives[record])
+      negatives = others[count:]
+      if hard_negatives == 'fixed':
+        negatives = negatives[: passages - 1]
+      mean = query + np.mean(others[:count])
+      if passages > 1:
+        mean += (passages - 1) * np.mean(negatives)
+      expected.append(mean)
+  # They are kept as whole numbers.
+  np.testing.assert_allclose(plan.embedding_order.lengths, expected, atol=0.5)
+
+
 def test_a_stream_without_data_has_no_plan(datasets):
   embedding, generative = datasets
   assert make_plan(([], generative)).embedding_step(0) is None
@@ -272,19 +407,3 @@ def test_records_are_named_by_file_and_line(datasets):
   assert len(names) == BATCH + 4
   for name, (file, line) in zip(names, expected, strict=True):
     assert name.endswith(f'/{file}.jsonl:{line}'), name
-
-
-def test_batches_of_a_data_set_have_nearly_equal_tokens():
-  lengths = np.random.default_rng(0).lognormal(5, 0.8, 6400).astype(np.int64)
-  order = BatchOrder('batch', [lengths], 64, (0,))
-  batches = [lengths[order.records(step)[1]] for step in range(100)]
-  tokens = np.array([batch.sum() for batch in batches])
-  # A random sample of 64 such lengths varies by 12%.
-  assert tokens.std() / tokens.mean() < 0.03
-  # In a batch they come in random order, so that any slice of it is a sample.
-  first_half = sum(batch[:32].sum() for batch in batches)
-  assert 0.45 < first_half / tokens.sum() < 0.55
-  assert (
-    len(np.unique(np.concatenate([order.records(s)[1] for s in range(100)])))
-    == 6400
-  )
