@@ -25,9 +25,13 @@ Departures from the reference:
 
 The step, compiled for 512 embedding and 256 generative rows of 2048 tokens,
 takes 71 GiB of 95 a chip on 32 v5p chips and 37 GiB on 64, and 1.33 times the
-arithmetic of a forward and a backward pass. With `--config.mesh.expert=8` the
-experts stay on their chips, and tokens go to them, which pays where a chip has
-few rows.
+arithmetic of a forward and a backward pass. These are more rows than a step of
+256 pairs has, unless most passages are as long as can be. On 64 v6e chips, of
+31 GiB, 256 and 256 rows fit in that one pass (31 GiB at the most); 512 and 256
+need `--config.memory.chunk_rows=64` (23 GiB at the most) or 128 (26), and 1.67
+times the arithmetic. With `--config.mesh.expert=8` the experts stay on their
+chips, and tokens go to them, for up to 1.97 times the arithmetic: it pays where
+a chip has few rows.
 """
 
 import dataclasses

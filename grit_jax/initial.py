@@ -22,6 +22,7 @@ from grit_jax.checkpoint import (
   CheckpointError,
   find_checkpoint,
   flatten,
+  reason,
 )
 from grit_jax.config import ARCHITECTURE, Config, ConfigError, ModelConfig
 from grit_jax.convert import keys
@@ -80,7 +81,12 @@ class _CheckpointModel(InitialModel):
 
   def read(self, path, index, dtype):
     array = self._checkpoint.open_array(f'{MODEL}/{path}')
-    return array[index].read().result().astype(dtype)
+    try:
+      return array[index].read().result().astype(dtype)
+    except ValueError as error:
+      raise CheckpointError(
+        f'{self.where}: {path} cannot be read: {reason(error)}'
+      ) from error
 
 
 class _FolderModel(InitialModel):

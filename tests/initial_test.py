@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -143,6 +144,19 @@ def test_a_folder_reads_from_the_disk_what_a_shard_needs(sources, monkeypatch):
   assert windows == ['model.layers.1.mlp.up_proj.weight']
   expected = draw(SOURCE, 'float32')[windows[0]].T[:16]
   np.testing.assert_array_equal(part, expected[None])
+
+
+def test_damaged_weights_of_a_checkpoint_are_named(sources, mesh_of, tmp_path):
+  folder = shutil.copytree(sources('checkpoint'), tmp_path / 'damaged')
+  for chunk in (folder / 'state/model.blocks.mlp.up').glob('0.*'):
+    chunk.write_bytes(b'not a chunk')
+  initial = open_initial(folder)
+  config = take_architecture(make_config(presets.of_init_from()), initial)
+  with (
+    jax.set_mesh(mesh_of(1, 2, 1)),
+    pytest.raises(CheckpointError, match='damaged: blocks/mlp/up cannot be'),
+  ):
+    load_model(config, initial, jax.random.key(0))
 
 
 def test_a_new_projection_is_drawn_and_sharded(sources, mesh_of):

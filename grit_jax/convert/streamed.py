@@ -98,7 +98,6 @@ def write_checkpoint(
   target = checkpoint.absolute(target)
   if target.exists():
     raise CheckpointError(f'{target} exists: remove it, or name another.')
-  target.parent.mkdir(parents=True, exist_ok=True)
   model: dict[str, Any] = {}
   for path, array in arrays.items():
     *groups, name = path.split('/')
@@ -124,6 +123,7 @@ def write_checkpoint(
     checkpoint.TOKENIZER: checkpoint.FilesSave(tokenizer),
   }
   try:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(target, args=ocp.args.Composite(**items))
   except BaseException as error:

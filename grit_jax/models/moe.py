@@ -10,6 +10,11 @@ cannot know how many tokens it will get, so they go in rounds of equal size, as
 many as the fullest needs: nothing is dropped, whatever the router does, and
 shapes are static. Every other axis splits tokens (`data`, `fsdp`) or the
 experts' width (`tensor`).
+
+The product is `jax.lax.ragged_dot`, a kernel on TPU (`xla_options`). On GPU and
+CPU XLA multiplies by all experts of a device, and masks: the same result for
+that many times the arithmetic. With one expert a device, `mesh.expert` equal to
+`model.num_experts`, that is no more than what tokens need.
 """
 
 import dataclasses

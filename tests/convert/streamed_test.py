@@ -93,6 +93,14 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path, arrays):
   assert not list((tmp_path / 'model').iterdir())
 
 
+def test_a_target_below_a_file_is_refused(tmp_path, arrays):
+  (tmp_path / 'file').touch()
+  message = 'file/below/model cannot be written: .*Not a directory'
+  with pytest.raises(CheckpointError, match=message):
+    write(tmp_path / 'file' / 'below' / 'model', arrays)
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
 def test_an_error_in_a_part_leaves_nothing(tmp_path):
   def parts():
     yield (0,), np.zeros(3, 'float32')

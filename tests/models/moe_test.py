@@ -155,6 +155,37 @@ def test_layer_and_its_gradient_equal_the_dense_loop_on_every_mesh(
     assert statistics.chosen[0, 5] == statistics.tokens[0]
 
 
+def count_products(sizes: tuple[int, int, int, int]) -> float:
+  """A device's products in a forward pass, over those that tokens need."""
+  mesh = mesh_with(sizes)
+
+  def abstract(shape: tuple, dtype: str, spec: jax.P) -> jax.ShapeDtypeStruct:
+    stored = jax.sharding.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=stored)
+
+  with jax.set_mesh(mesh):
+    layer = jax.tree.map(
+      lambda x: abstract(x.shape, x.dtype, x.sharding.spec),
+      jax.eval_shape(lambda: MoE(CONFIG, jax.random.key(0))),
+    )
+    rows, tokens = sharding.spec('rows', 'seq', None), 256
+    x = abstract((8, tokens, CONFIG.embed_dim), 'float32', rows)
+    counted = abstract((8, tokens, 1), 'bool', rows)
+    run = jax.jit(lambda layer, x, counted: layer(x, counted)[0])
+    cost = run.lower(layer, x, counted).compile().cost_analysis()
+  product = 2 * CONFIG.embed_dim * CONFIG.mlp_dim
+  return cost['flops'] / (
+    3 * product * tokens * CONFIG.experts_per_token * 8 / mesh.size
+  )
+
+
+def test_a_dense_ragged_product_costs_little_where_a_device_has_one_expert():
+  """As on GPU, `ragged_dot` on CPU multiplies by all experts of a device."""
+  assert count_products((1, 8, 1, 1)) > CONFIG.num_experts
+  # The slack of a round, and what is no product.
+  assert count_products((1, 1, 1, 8)) < 1.6 * moe.ROUND_SLACK
+
+
 def test_statistics_are_those_of_the_counted_tokens_on_every_mesh():
   weights = draw()
   tokens = X.reshape(-1, X.shape[-1])
