@@ -49,6 +49,7 @@ from grit_jax.loop import Loop, NonFiniteLossError, StopOnSignal
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
+from grit_jax.profile import Profile
 from grit_jax.sharding import MeshError
 from grit_jax.xla_options import compiler_options
 
@@ -57,7 +58,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
-_CHANGEABLE = ('mesh', 'memory', 'checkpoint', 'evaluation', 'log_every')
+_CHANGEABLE = (
+  'mesh', 'memory', 'checkpoint', 'evaluation', 'profile', 'log_every'
+)  # fmt: skip
 # But for this one, which decides what is trained on.
 _FIXED = 'evaluation.held_out_fraction'
 
@@ -185,8 +188,11 @@ def _run(
     config=dataclasses.asdict(config),
     tokenizer=tokenizer.files,
   )
-  with MetricsWriter(workdir, start, config.steps) as writer:
-    loop = Loop(config, pipeline, checkpoints, writer)
+  with (
+    MetricsWriter(workdir, start, config.steps) as writer,
+    Profile(config.profile, workdir) as profile,
+  ):
+    loop = Loop(config, pipeline, checkpoints, writer, profile)
     state, step = loop.run(train_step, state, batches, mesh, save, stop)
   if stop.requested:
     logging.info(

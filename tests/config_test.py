@@ -186,6 +186,13 @@ WRONG = [
     (f'evaluation.{name}', 0)
     for name in ('max_queries', 'max_conversations', 'rows', 'generated_tokens')
   ),
+  ('profile.steps', 'all'),
+  ('profile.steps', '10-'),
+  ('profile.steps', '10-15-20'),
+  ('profile.steps', '0'),
+  ('profile.steps', '0-2'),
+  ('profile.steps', '15-10'),
+  ('profile.steps', '10-9999'),
   ('steps', 0),
   ('log_every', 0),
   ('seed', -1),
@@ -248,6 +255,15 @@ def test_texts_may_not_be_longer_than_the_positions(kind: str):
   message = f'data.max_{kind}_tokens=1025 is more than model.max_positions=1024'
   with pytest.raises(ConfigError, match=re.escape(message)):
     resolve(values)
+
+
+@pytest.mark.parametrize(
+  ('steps', 'expected'),
+  [('', []), ('10', [10]), ('10-10', [10]), ('9-11', [9, 10, 11])],
+)
+def test_profile_steps_are_a_step_or_a_range_with_both_ends(steps, expected):
+  profile = resolve(override('profile.steps', steps)).profile
+  assert list(profile.step_range()) == expected
 
 
 def test_two_axes_of_minus_one_raise():

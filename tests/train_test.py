@@ -170,6 +170,7 @@ def test_run_leaves_what_the_readme_says(whole_run):
   assert (workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
   assert list(workdir.glob('**/events.out.tfevents.*'))
   assert (workdir / 'checkpoints' / str(STEPS)).is_dir()
+  assert not (workdir / 'profile').exists()
   assert 'recall_at_10' in output and 'generated:' in output
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import grain
 import jax
@@ -66,6 +67,7 @@ class Pipeline:
     plans = (self.plan.embedding_step(step), self.plan.generative_step(step))
     return tuple(plan.packing.num_rows if plan else 0 for plan in plans)
 
+  @partial(jax.profiler.annotate_function, name='build_batch')
   def build(self, step: int) -> HostBatch:
     """Reads and packs a step's texts."""
     embedding_plan = self.plan.embedding_step(step)
@@ -232,6 +234,7 @@ class Filler:
     )
 
 
+@partial(jax.profiler.annotate_function, name='place_batch')
 def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
   """Puts a batch on the mesh: rows split, the slots of texts everywhere."""
 
