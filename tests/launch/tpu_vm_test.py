@@ -455,12 +455,3 @@ def test_keeper_goes_on_when_the_cloud_does_not_answer(pod, wait_until):
 def test_keeper_ends_at_a_wrong_argument(cloud):
   output = cloud.run('keep.sh', *POD, 'v4-8', 'spot', *command(), status=2)
   assert 'TYPE v4-8' in output
-
-
-def test_readme_names_scripts_that_exist(cloud):
-  text = (cloud.clone / 'launch' / 'README.md').read_text()
-  words = {word for line in text.splitlines() for word in line.split()}
-  scripts = {word for word in words if word.startswith('launch/')}
-  assert len(scripts) >= 8
-  for script in scripts:
-    assert (cloud.clone / script.strip('`.,:;')).exists(), script
