@@ -46,7 +46,8 @@ EXTRAS = {
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],
-  'tpu': ['jax[tpu]'],
+  # `gcsfs` reads and writes gs://.
+  'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],
 }
 

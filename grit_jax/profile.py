@@ -5,6 +5,8 @@ the device's operations under the names of the model's parts: `embed`,
 `attention`, `mlp`, `pool`, `contrastive_loss`, `next_token_loss`, `optimizer`.
 """
 
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -32,6 +34,9 @@ class Profile:
     self._tracing = False
     self._traced = False
     self._results = None
+    # A trace is written to the disk, and copied: its writer has its own notion
+    # of what gs:// is and who may write there.
+    self._local = tempfile.TemporaryDirectory()
 
   def __enter__(self) -> 'Profile':
     """Returns itself."""
@@ -40,6 +45,7 @@ class Profile:
   def __exit__(self, *_: object) -> None:
     """Writes what there is of a trace whose last step has not come."""
     self._stop()
+    self._local.cleanup()
     if self._steps and not self._traced:
       logging.warning('This start of the run had no step of profile.steps.')
 
@@ -56,7 +62,7 @@ class Profile:
       options = jax.profiler.ProfileOptions()
       # Tracing every call of Python would slow the host down.
       options.python_tracer_level = 0
-      jax.profiler.start_trace(self._folder, profiler_options=options)
+      jax.profiler.start_trace(self._local.name, profiler_options=options)
       self._tracing = self._traced = True
     return jax.profiler.StepTraceAnnotation('train', step_num=step)
 
@@ -76,4 +82,8 @@ class Profile:
     if self._tracing:
       self._tracing = False
       jax.profiler.stop_trace()
+      for path in pathlib.Path(self._local.name).rglob('*.*'):
+        target = self._folder / path.relative_to(self._local.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
       logging.info('A trace is in %s.', self._folder)
