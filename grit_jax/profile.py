@@ -31,12 +31,10 @@ class Profile:
     """
     self._steps = config.step_range() if jax.process_index() == 0 else range(0)
     self._folder = workdir / 'profile'
-    self._tracing = False
-    self._traced = False
     self._results = None
-    # A trace is written to the disk, and copied: its writer has its own notion
-    # of what gs:// is and who may write there.
-    self._local = tempfile.TemporaryDirectory()
+    self._traced = False
+    # Where the trace goes that is being written, until it is copied.
+    self._local: tempfile.TemporaryDirectory | None = None
 
   def __enter__(self) -> 'Profile':
     """Returns itself."""
@@ -45,7 +43,6 @@ class Profile:
   def __exit__(self, *_: object) -> None:
     """Writes what there is of a trace whose last step has not come."""
     self._stop()
-    self._local.cleanup()
     if self._steps and not self._traced:
       logging.warning('This start of the run had no step of profile.steps.')
 
@@ -56,14 +53,17 @@ class Profile:
       step: the first is 1. The trace begins with the first of its steps that
         this start of the run comes to.
     """
-    if step in self._steps and not self._tracing:
+    if step in self._steps and self._local is None:
       # The step before may still run.
       jax.block_until_ready(self._results)
       options = jax.profiler.ProfileOptions()
+      # Onto the disk, to be copied: its writer has its own notion of what gs://
+      # is and who may write there.
+      self._local = tempfile.TemporaryDirectory()
       # Tracing every call of Python would slow the host down.
       options.python_tracer_level = 0
       jax.profiler.start_trace(self._local.name, profiler_options=options)
-      self._tracing = self._traced = True
+      self._traced = True
     return jax.profiler.StepTraceAnnotation('train', step_num=step)
 
   def after(self, step: int, results: Any) -> None:
@@ -74,16 +74,19 @@ class Profile:
       results: of it, to wait for; small, for they are kept until the next.
     """
     self._results = results
-    if self._tracing and step == self._steps[-1]:
+    if self._local and step == self._steps[-1]:
       jax.block_until_ready(results)
       self._stop()
 
   def _stop(self) -> None:
-    if self._tracing:
-      self._tracing = False
+    if self._local is None:
+      return
+    with self._local as folder:
       jax.profiler.stop_trace()
-      for path in pathlib.Path(self._local.name).rglob('*.*'):
-        target = self._folder / path.relative_to(self._local.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-      logging.info('A trace is in %s.', self._folder)
+      for path in pathlib.Path(folder).rglob('*'):
+        if path.is_file():
+          target = self._folder / path.relative_to(folder)
+          target.parent.mkdir(parents=True, exist_ok=True)
+          target.write_bytes(path.read_bytes())
+    self._local = None
+    logging.info('A trace is in %s.', self._folder)
