@@ -15,7 +15,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-PATIENCE = 120  # Seconds for what takes one, on a machine that is busy.
+PATIENCE = 60  # Seconds for what takes one, on a machine that is busy.
 
 # `uv` and `pip` of a worker: an environment whose `python` is this one.
 PYTHON3 = f"""#!/usr/bin/env bash

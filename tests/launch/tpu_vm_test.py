@@ -1,6 +1,8 @@
 """Runs the scripts for TPU VMs against a cloud in a folder."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -275,6 +277,17 @@ def test_stop_lets_the_run_save_and_waits_for_it(pod, wait_until):
     assert (home / 'grit_jax_run' / 'status').read_text() == '143\n'
   pod.run('stop.sh', *POD)  # Nothing to stop is no error.
   pod.run('run.sh', *POD, *command())
+
+
+def test_machine_that_is_shut_down_lets_the_run_save(pod, wait_until):
+  pod.run('run.sh', *POD, *command())
+  home = pod.homes()[0]
+  wait_until(lambda: starts(home), 'a start')
+  # Then every process gets the signal, the one that watches the run too.
+  os.killpg(int((home / 'grit_jax_run' / 'pid').read_text()), signal.SIGTERM)
+  status = home / 'grit_jax_run' / 'status'
+  wait_until(lambda: status.exists() and status.read_text(), 'its end')
+  assert status.read_text() == '143\n' and (home / 'saved').exists()
 
 
 # Deletion.
