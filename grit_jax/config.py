@@ -11,6 +11,7 @@ Batch sizes are global. A field that is 0 (or an empty string) is off.
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from typing import Any
 
@@ -504,6 +505,38 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Which steps are traced into the folder `profile` of the workdir."""
+
+  # A step, as 10, or a range with both its ends, as 10-15; empty: none. The
+  # first steps compile.
+  steps: str = ''
+
+  def step_range(self) -> range:
+    """Returns the steps, of which the run's first is 1."""
+    if not self.steps:
+      return range(0)
+    first, _, last = self.steps.partition('-')
+    return range(int(first), int(last or first) + 1)
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    if not self.steps:
+      return
+    _check(
+      re.fullmatch('[0-9]+(-[0-9]+)?', self.steps) is not None,
+      f'profile.steps={self.steps!r} is neither a step, as 10, nor a range, as '
+      '10-15.',
+    )
+    steps = self.step_range()
+    _check(
+      len(steps) > 0 and steps[0] > 0,
+      f'profile.steps={self.steps!r} has no steps: the first is 1, and a range '
+      'goes upwards.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """All of a run."""
 
@@ -515,6 +548,7 @@ class Config:
   memory: MemoryConfig = MemoryConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  profile: ProfileConfig = ProfileConfig()
   # Where the weights, the architecture (see `ModelConfig.embed_dim`) and, with
   # `data.tokenizer` empty, the tokenizer are taken from: a Hugging Face folder,
   # a checkpoint, or a run's workdir. Empty: weights are drawn at random.
@@ -532,6 +566,11 @@ class Config:
     _check(self.steps > 0, f'steps={self.steps} must be greater than 0.')
     _check(
       self.log_every > 0, f'log_every={self.log_every} must be greater than 0.'
+    )
+    traced = self.profile.step_range()
+    _check(
+      not traced or traced[-1] <= self.steps,
+      f'profile.steps={self.profile.steps!r} goes beyond steps={self.steps}.',
     )
     _check(self.seed >= 0, f'seed={self.seed} is negative.')
     _check(

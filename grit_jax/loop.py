@@ -12,6 +12,7 @@ from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
 from grit_jax.metrics import MetricsWriter
 from grit_jax.objective import TrainState
 from grit_jax.processes import StopOnSignal
+from grit_jax.profile import Profile
 
 
 class NonFiniteLossError(RuntimeError):
@@ -27,10 +28,12 @@ class Loop:
     pipeline: Pipeline,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    profile: Profile,
   ):
     """Prepares to run the steps that `pipeline` plans."""
     self.config, self.pipeline = config, pipeline
     self.checkpoints, self.writer = checkpoints, writer
+    self.profile = profile
     self.logged_at = time.perf_counter()
     self.useful_tokens = 0
 
@@ -47,9 +50,11 @@ class Loop:
     step = int(state.step)
     pending = None
     while step < self.config.steps and not stop.reached(step):
-      host = next(batches)
-      state, metrics = train_step(state, place_batch(mesh, host.batch))
+      with self.profile.step(step + 1):
+        host = next(batches)
+        state, metrics = train_step(state, place_batch(mesh, host.batch))
       step += 1
+      self.profile.after(step, metrics)
       if pending is not None:
         self._report(*pending)
       pending = (step, metrics, host)

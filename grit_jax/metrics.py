@@ -4,14 +4,15 @@ A run that resumes goes on in the same `metrics.jsonl`, which then holds the
 steps of a run that was never interrupted, each once.
 """
 
+import io
 import json
 import math
 import os
-import pathlib
 
 import jax
 import tensorboardX
 import tqdm
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -43,7 +44,7 @@ class MetricsWriter:
     """Opens the files, without what they have of later steps.
 
     Args:
-      workdir: a folder on a file system that can append.
+      workdir: a folder, local or gs://.
       start_step: the checkpoint's that the run goes on from; 0: a new run.
       total_steps: of the run.
     """
@@ -51,12 +52,12 @@ class MetricsWriter:
     self._step = start_step
     if not self._is_writer:
       return
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
     if path.exists():
       _keep_until(path, start_step)
-    self._file = path.open('a', encoding='utf-8')
+    self._file = _CloudFile(path) if _in_cloud(path) else open(path, 'a')
     self._tensorboard = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'),
       purge_step=start_step + 1 if start_step else 0,
@@ -117,9 +118,28 @@ def _describe(numbers: dict[str, float]) -> str:
   return ''.join(f'{part}, ' for part in parts)
 
 
-def _read(path: pathlib.Path) -> list[dict[str, float | None]]:
+class _CloudFile(io.StringIO):
+  """A text file on gs://, which cannot append: flushing writes all of it."""
+
+  def __init__(self, path: epath.Path):
+    """Goes on at the end of the file, if there is one."""
+    super().__init__()
+    self._path = path
+    if path.exists():
+      self.write(path.read_text())
+
+  def flush(self) -> None:
+    """Writes the file anew; at no time is it half written."""
+    self._path.write_text(self.getvalue())
+
+
+def _in_cloud(path: epath.Path) -> bool:
+  return str(path).startswith('gs://')
+
+
+def _read(path: epath.Path) -> list[dict[str, float | None]]:
   """Returns the lines of a metrics file, without a torn last one."""
-  lines = path.read_text(encoding='utf-8').splitlines()
+  lines = path.read_text().splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:
@@ -131,27 +151,31 @@ def _read(path: pathlib.Path) -> list[dict[str, float | None]]:
   return records
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def _keep_until(path: epath.Path, step: int) -> None:
   """Removes the lines of later steps, at once or not at all.
 
   A new run, from step 0, writes step 0 itself.
   """
   kept = [record for record in _read(path) if 0 < step >= record['step']]
+  lines = [json.dumps(record) + '\n' for record in kept]
+  if _in_cloud(path):
+    path.write_text(''.join(lines))
+    return
   temporary = path.with_suffix('.jsonl.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.writelines(json.dumps(record) + '\n' for record in kept)
+  with temporary.open('w') as file:
+    file.writelines(lines)
     file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
 
 
-def plot_losses(workdir: os.PathLike | str) -> pathlib.Path:
+def plot_losses(workdir: os.PathLike | str) -> epath.Path:
   """Draws `{workdir}/loss.png` from `{workdir}/metrics.jsonl`.
 
   Returns:
     The picture's path.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   records = _read(workdir / 'metrics.jsonl')
   plots = [
     plot for plot in PLOTS if any(plot[0] in record for record in records)
@@ -183,5 +207,7 @@ def plot_losses(workdir: os.PathLike | str) -> pathlib.Path:
   rows[-1].set_xlabel('step')
   figure.align_ylabels()
   path = workdir / 'loss.png'
-  figure.savefig(path, dpi=150)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=150, format='png')
+  path.write_bytes(picture.getvalue())
   return path

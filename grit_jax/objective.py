@@ -108,8 +108,9 @@ def router_loss(
   loss, metrics = jnp.zeros((), jnp.float32), {}
   if statistics is None:
     return loss, metrics
-  balance = losses.load_balancing_loss(statistics)
-  z_loss = losses.router_z_loss(statistics)
+  with jax.named_scope('router_loss'):
+    balance = losses.load_balancing_loss(statistics)
+    z_loss = losses.router_z_loss(statistics)
   weights = {
     'rep': config.objective.embedding_router_weight,
     'gen': config.objective.generative_router_weight,

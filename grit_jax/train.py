@@ -7,6 +7,7 @@ again with the same command, a run goes on where it stopped.
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -51,6 +52,7 @@ from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.processes import ProcessError, StopOnSignal
+from grit_jax.profile import Profile
 from grit_jax.sharding import MeshError
 from grit_jax.xla_options import compiler_options
 
@@ -71,10 +73,16 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
-_CHANGEABLE = ('mesh', 'memory', 'checkpoint', 'evaluation', 'log_every')
+_CHANGEABLE = (
+  'mesh', 'memory', 'checkpoint', 'evaluation', 'profile', 'log_every'
+)  # fmt: skip
 # But for this one, which decides what is trained on.
 _FIXED = 'evaluation.held_out_fraction'
 
+
+# The exit status of a run that a signal has stopped: what shells and schedulers
+# know SIGTERM by, so that none takes the run for finished.
+STOPPED = 128 + signal.SIGTERM
 
 # What ends in one message instead of a traceback: the user can mend these.
 USER_ERRORS = (
@@ -138,7 +146,8 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     What `evaluation.json` holds; empty without an evaluation.
 
   Raises:
-    One of `USER_ERRORS`, before any work is lost.
+    One of `USER_ERRORS`, before any work is lost; or SystemExit with `STOPPED`,
+    after a signal.
   """
   stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
@@ -220,8 +229,11 @@ def _run(
     config=dataclasses.asdict(config),
     tokenizer=tokenizer.files,
   )
-  with MetricsWriter(workdir, start, config.steps) as writer:
-    loop = Loop(config, pipeline, checkpoints, writer)
+  with (
+    MetricsWriter(workdir, start, config.steps) as writer,
+    Profile(config.profile, workdir) as profile,
+  ):
+    loop = Loop(config, pipeline, checkpoints, writer, profile)
     state, step = loop.run(train_step, state, batches, mesh, save, stop)
   if step < config.steps:
     logging.info(
@@ -229,7 +241,7 @@ def _run(
       step,
       ', which is saved' if step else '',
     )
-    return {}
+    sys.exit(STOPPED)
   if processes.is_first():
     plot_losses(workdir)
   if evaluation is None:

@@ -200,6 +200,13 @@ WRONG = [
     (f'evaluation.{name}', 0)
     for name in ('max_queries', 'max_conversations', 'rows', 'generated_tokens')
   ),
+  ('profile.steps', 'all'),
+  ('profile.steps', '10-'),
+  ('profile.steps', '10-15-20'),
+  ('profile.steps', '0'),
+  ('profile.steps', '0-2'),
+  ('profile.steps', '15-10'),
+  ('profile.steps', '10-9999'),
   ('steps', 0),
   ('log_every', 0),
   ('seed', -1),
@@ -314,6 +321,15 @@ def test_compared_pairs_are_queries_times_passages(negatives, passages, pairs):
     embedding_batch=4, num_passages=passages, negatives=negatives
   )
   assert data.compared_pairs == pairs
+
+
+@pytest.mark.parametrize(
+  ('steps', 'expected'),
+  [('', []), ('10', [10]), ('10-10', [10]), ('9-11', [9, 10, 11])],
+)
+def test_profile_steps_are_a_step_or_a_range_with_both_ends(steps, expected):
+  profile = resolve(override('profile.steps', steps)).profile
+  assert list(profile.step_range()) == expected
 
 
 def test_two_axes_of_minus_one_raise():

@@ -20,6 +20,7 @@ from small_run import (
 
 from grit_jax import processes
 from grit_jax.processes import ProcessError
+from grit_jax.train import STOPPED
 
 DEVICES = 4
 COMMON = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=20')
@@ -80,7 +81,8 @@ def test_processes_train_as_one_and_go_on_in_another_number(config, tmp_path):
   wait_for_step(run, 1, four[0])
   four[2].send_signal(signal.SIGTERM)
   (code, output), *others = finish(four)
-  assert [code, *(code for code, _ in others)] == [0] * 4, (output, others)
+  codes = [code, *(code for code, _ in others)]
+  assert codes == [STOPPED] * 4, (output, others)
   assert 'Stopped by a signal' in output
   [saved] = os.listdir(run / 'checkpoints')
 

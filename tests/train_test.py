@@ -82,6 +82,7 @@ def test_run_leaves_what_the_readme_says(whole_run):
   assert (workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
   assert list(workdir.glob('**/events.out.tfevents.*'))
   assert (workdir / 'checkpoints' / str(STEPS)).is_dir()
+  assert not (workdir / 'profile').exists()
   assert 'recall_at_10' in output and 'generated:' in output
 
 
@@ -130,7 +131,7 @@ def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
   wait_for_step(tmp_path / 'run', 1, process)
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate()
-  assert process.returncode == 0, output
+  assert process.returncode == 128 + signal.SIGTERM, output
   steps = [path.name for path in (tmp_path / 'run/checkpoints').iterdir()]
   assert len(steps) == 1 and 0 < int(steps[0]) <= STEPS, output
   process = start(

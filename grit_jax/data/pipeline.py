@@ -6,6 +6,7 @@ devices alone: it reads no record that has no text in them.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import grain
 import jax
@@ -99,6 +100,7 @@ class Pipeline:
       )
     return shape
 
+  @partial(jax.profiler.annotate_function, name='build_batch')
   def build(self, step: int) -> HostBatch:
     """Reads and packs a step's texts."""
     embedding_plan = self.plan.embedding_step(step)
@@ -234,6 +236,7 @@ def _read(
   return found
 
 
+@partial(jax.profiler.annotate_function, name='place_batch')
 def place_batch(mesh: jax.sharding.Mesh, batch: batches.Batch) -> batches.Batch:
   """Puts a batch on the mesh: rows split, what is of texts everywhere.
 
