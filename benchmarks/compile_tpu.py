@@ -169,7 +169,8 @@ def count_flops(jaxpr: Any, shards: int) -> float:
   """Counts the operations of all products in a program.
 
   The body of a `shard_map` is one device's; the rows' shards all run it. A
-  loop of unknown length counts once.
+  loop of unknown length counts once. A kernel's blocks all count, also those
+  that it leaves out.
   """
   total = 0.0
   for equation in jaxpr.eqns:
@@ -186,6 +187,8 @@ def count_flops(jaxpr: Any, shards: int) -> float:
     else:
       times = equation.params['length'] if name == 'scan' else 1
       times *= shards if name == 'shard_map' else 1
+      if name == 'pallas_call':
+        times *= math.prod(equation.params['grid_mapping'].grid)
       for value in equation.params.values():
         for inner in value if isinstance(value, tuple | list) else [value]:
           inner = getattr(inner, 'jaxpr', inner)

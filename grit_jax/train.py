@@ -49,6 +49,7 @@ from grit_jax.initial import (
 )
 from grit_jax.loop import Loop, NonFiniteLossError
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
+from grit_jax.models.attention import choose_kernel
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.processes import ProcessError, StopOnSignal
@@ -74,7 +75,8 @@ _PROCESS_ID = flags.DEFINE_integer(
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
 _CHANGEABLE = (
-  'mesh', 'memory', 'checkpoint', 'evaluation', 'profile', 'log_every'
+  'mesh', 'memory', 'attention_kernel', 'checkpoint', 'evaluation', 'profile',
+  'log_every',
 )  # fmt: skip
 # But for this one, which decides what is trained on.
 _FIXED = 'evaluation.held_out_fraction'
@@ -157,6 +159,14 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   sharding.validate(config, mesh)
   # Before they wait for each other in the middle of something.
   processes.check_equal('the configuration', repr(config))
+  platform = mesh.devices.flat[0].platform
+  kernel = choose_kernel(config.attention_kernel, platform)
+  logging.info(
+    'Attention runs in the kernel %s on %s (attention_kernel=%s).',
+    kernel,
+    platform,
+    config.attention_kernel,
+  )
   workdir.mkdir(parents=True, exist_ok=True)
   found = sources(config.data.paths, workdir / 'tfds')
   check_kinds(config, found)

@@ -209,6 +209,7 @@ WRONG = [
   ('profile.steps', '10-9999'),
   ('steps', 0),
   ('log_every', 0),
+  ('attention_kernel', 'flash'),
   ('seed', -1),
 ]  # fmt: skip
 

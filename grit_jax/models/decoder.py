@@ -75,9 +75,10 @@ class Attention(nnx.Module):
     self,
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    masks: Sequence[jax.Array],
+    rows: Sequence[int],
+    attends: Sequence[attention.Attend],
   ) -> jax.Array:
-    """Attends within each stream of `x`, [B, T, D], by its mask."""
+    """Attends within each stream of `x`, [B, T, D], which has `rows` rows."""
     config = self.config
 
     def project(weight: nnx.Param, heads: str) -> jax.Array:
@@ -88,13 +89,13 @@ class Attention(nnx.Module):
         out_sharding=spec('rows', 'seq', heads, 'head_dim'),
       )  # fmt: skip
 
-    q = attention.rotate(project(self.q, 'heads'), angles)
+    scale = config.head_dim**-0.5
+    q = attention.rotate(project(self.q, 'heads'), angles, scale)
     k = attention.rotate(project(self.k, 'kv_heads'), angles)
     v = project(self.v, 'kv_heads')
-    rows = [mask.shape[0] for mask in masks]
-    parts = zip(*(split_rows(y, rows) for y in (q, k, v)), masks, strict=True)
+    parts = zip(attends, *(split_rows(y, rows) for y in (q, k, v)), strict=True)
     with jax.named_scope('attend'):
-      out = join_rows([attention.attend(*part) for part in parts])
+      out = join_rows([attend(*part) for attend, *part in parts])
     out = out.reshape(
       *x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads')
     )
@@ -149,14 +150,15 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    masks: Sequence[jax.Array],
+    rows: Sequence[int],
+    attends: Sequence[attention.Attend],
     counted: jax.Array,
   ) -> tuple[jax.Array, RouterStatistics | None]:
     """Maps [B, T, D] to [B, T, D]; see `MoE` for `counted` and statistics."""
     epsilon = self.config.norm_epsilon
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], epsilon)
-      x = x + self.attention(normed, angles, masks)
+      x = x + self.attention(normed, angles, rows, attends)
     with jax.named_scope('mlp'):
       normed = rms_norm(x, self.mlp_norm[...], epsilon)
       if not self.config.num_experts:
@@ -204,15 +206,17 @@ class Decoder(nnx.Module):
     streams: Sequence[Rows],
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
+    kernel: str = 'auto',
   ) -> list[jax.Array]:
     """Runs all streams through the layers; see `run`."""
-    return self.run(streams, kinds, remat)[0]
+    return self.run(streams, kinds, remat, kernel)[0]
 
   def run(
     self,
     streams: Sequence[Rows],
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
+    kernel: str = 'auto',
   ) -> tuple[list[jax.Array], RouterStatistics | None]:
     """Runs all streams through the layers in one pass.
 
@@ -220,6 +224,7 @@ class Decoder(nnx.Module):
       streams: packed rows, [R_i, T] each.
       kinds: one a stream.
       remat: `config.MemoryConfig.remat`.
+      kernel: `config.Config.attention_kernel`.
 
     Returns:
       The normalised last hidden states, [R_i, T, D] a stream; and, of a model
@@ -237,8 +242,8 @@ class Decoder(nnx.Module):
       config.head_dim, config.rope_theta, config.rotary_scaling
     )
     angles = attention.rotary_angles(positions, frequencies)
-    masks = [
-      attention.make_mask(stream, kind, config.sliding_window)
+    attends = [
+      attention.prepare(stream, kind, config.sliding_window, kernel)
       for stream, kind in zip(streams, kinds, strict=True)
     ]
     # Which stream a token counts in, [B, T, streams]; padding in none.
@@ -253,7 +258,7 @@ class Decoder(nnx.Module):
 
     def layer(x: jax.Array, block: Block) -> tuple:
       x = checkpoint_name(x, LAYER_INPUT)
-      return block(x, angles, masks, counted)
+      return block(x, angles, rows, attends, counted)
 
     with jax.named_scope('layers'):
       x, statistics = jax.lax.scan(_rematerialise(layer, remat), x, self.blocks)
