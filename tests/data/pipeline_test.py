@@ -367,3 +367,86 @@ def test_rows_are_split_over_devices_and_slots_are_everywhere(
     expected[axis] //= 4  # data and fsdp split rows, tensor does not
     assert shards == {tuple(expected)}, name
     assert len(leaf.sharding.device_set) == 8, name
+
+
+def take_shards(x: np.ndarray, axis: int, own: tuple[int, ...]) -> np.ndarray:
+  """The rows of some of four shards of a global array."""
+  return np.concatenate([np.split(x, 4, axis)[i] for i in own], axis)
+
+
+@pytest.mark.parametrize('chunk_rows', [0, 4])
+@pytest.mark.parametrize(
+  'hosts', [((0, 1), (2, 3)), ((1, 3), (0, 2)), ((0,), (1,), (2,), (3,))]
+)
+def test_hosts_build_the_rows_of_one_global_batch(datasets, hosts, chunk_rows):
+  config = make_config(chunk_rows=chunk_rows)
+  whole = Pipeline(config, *datasets, RowShards.whole(4))
+  parts = [Pipeline(config, *datasets, RowShards(4, own)) for own in hosts]
+  for step in range(STEPS):
+    expected = whole.build(step)
+    for own, part in zip(hosts, parts, strict=True):
+      found = part.build(step)
+      assert found.useful_tokens == expected.useful_tokens
+      assert found.computed_tokens == expected.computed_tokens
+      leaves = jax.tree_util.tree_leaves_with_path(expected.batch)
+      for (path, x), y in zip(
+        leaves, jax.tree.leaves(found.batch), strict=True
+      ):
+        name = path[-1].name
+        if name not in ('query_slots', 'passage_slots', 'scored', 'chunks'):
+          x = take_shards(x, x.ndim - 2, own)
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_a_host_reads_no_record_without_a_text_in_its_rows(
+  datasets, monkeypatch
+):
+  pipeline = Pipeline(make_config(), *datasets, RowShards(4, (2,)))
+  reads = []
+  for kind in EmbeddingDataset, GenerativeDataset:
+    read = kind.read
+
+    def count(self, indices, read=read):
+      reads.extend((self.name, int(index)) for index in indices)
+      return read(self, indices)
+
+    monkeypatch.setattr(kind, 'read', count)
+  fewer = 0
+  for step in range(STEPS):
+    reads.clear()
+    batch = pipeline.build(step).batch
+    expected = set()
+    for stream, sets, rows in (
+      ('embedding', datasets[0], batch.embedding.rows),
+      ('generative', datasets[1], batch.generative.rows),
+    ):
+      plan = getattr(pipeline.plan, f'{stream}_step')(step)
+      size = len(rows.tokens)
+      texts = np.flatnonzero(plan.packing.rows // size == 2)
+      places = texts // (plan.lengths.size // len(plan.records))
+      expected |= {
+        (sets[plan.datasets[i]].name, int(plan.records[i])) for i in places
+      }
+    assert sorted(reads) == sorted(expected)  # and each of them once
+    fewer += len(expected) < 6 + 8
+  assert fewer == STEPS
+
+
+def test_a_step_that_was_not_counted_gets_a_shape_that_holds_it(
+  datasets, monkeypatch
+):
+  monkeypatch.setattr('grit_jax.data.pipeline.COUNTED_STEPS', 1)
+  config = make_config()
+  sampled = Pipeline(config, *datasets, RowShards.whole(2))
+  assert len(sampled.buckets) == 1
+  counts = np.array([sampled._count_rows(step) for step in range(STEPS)])
+  beyond = (counts > sampled.buckets[0]).any(axis=1)
+  assert beyond.any()
+  for step in range(STEPS):
+    batch = sampled.build(step).batch
+    shape = (len(batch.embedding.pooled), len(batch.generative.loss_weights))
+    assert all(rows % 2 == 0 for rows in shape)
+    if beyond[step]:
+      assert shape == tuple(-(-counts[step] // 2) * 2)
+    else:
+      assert shape == sampled.buckets[0]
