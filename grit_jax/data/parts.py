@@ -181,7 +181,7 @@ def write_part(
     PreparationError: the disk is full.
   """
   partial = task.folder.with_name(task.folder.name + '.partial')
-  with removed_afterwards(partial), writing(task.folder.parent):
+  with removed_afterwards(partial), writing(task.folder.parent.parent):
     partial.mkdir(parents=True)
     writer = _PartWriter(partial, task, tokenizer, settings, num_threads)
     for lines in _batch(task.part.lines):
@@ -343,4 +343,5 @@ def _array_record_errors() -> Iterator[None]:
   try:
     yield
   except RuntimeError as error:
-    raise OSError(str(error)) from error
+    # The cause alone, without where in the file.
+    raise OSError(str(error).split(';')[0]) from error

@@ -170,9 +170,9 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_whole(
   done = run_command(tmp_path, *FLAGS, limit=limit)
   assert done.returncode == 1
   target = tmp_path / 'prepared'
-  assert done.stderr.startswith(f'grit_jax: error: {target}')
+  assert done.stderr.startswith(f'grit_jax: error: {target}: cannot write: ')
   assert done.stderr.count('\n') == 1
-  assert 'cannot write: ' in done.stderr and 'make room' in done.stderr
+  assert 'File too large' in done.stderr and 'make room' in done.stderr
   assert not list(target.glob('*/dataset.json'))
   assert not (target / 'prepared.json').exists()
   done = run_command(tmp_path, *FLAGS)

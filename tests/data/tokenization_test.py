@@ -618,3 +618,40 @@ def test_parts_of_what_a_file_was_are_removed(prepare, tmp_path):
   prepare(FileSource(path))
   folders = [p for p in (tmp_path / 'prepared').iterdir() if p.is_dir()]
   assert len(folders) == 1
+
+
+def test_parts_that_were_cut_otherwise_are_written_anew(
+  tokenize, tmp_path, monkeypatch
+):
+  lines = make_records(100)
+  source = write_lines(tmp_path / 'a.jsonl', [*lines[:90], 'oops', *lines[90:]])
+  monkeypatch.setattr(parts, 'PART_RECORDS', 20)
+  with pytest.raises(RecordError):
+    tokenize([source], 'kept')
+  assert len(list_parts(tmp_path / 'kept')) == 4
+  monkeypatch.setattr(parts, 'PART_RECORDS', 30)
+  for folder in 'kept', 'other':
+    tokenize([source], folder, on_error='skip')
+  assert read_files(tmp_path / 'kept') == read_files(tmp_path / 'other')
+
+
+def test_processes_do_not_import_the_main_module(tmp_path, model_bytes):
+  (tmp_path / 'tokenizer.model').write_bytes(model_bytes)
+  write_lines(tmp_path / 'a.jsonl', make_records(60))
+  program = PROGRAM.format(settings=SETTINGS)
+  indented = program.replace('\n', '\n  ')
+  (tmp_path / 'started.py').write_text(
+    'import os\n'
+    "open(f'imported-{os.getpid()}', 'w').close()\n"
+    f"if __name__ == '__main__':\n  {indented}\n"
+  )
+  path = os.pathsep.join([str(ROOT), *sys.path])
+  environment = dict(os.environ, PYTHONPATH=path)
+  subprocess.run(
+    [sys.executable, '-m', 'started', str(tmp_path), 'prepared'],
+    cwd=tmp_path,
+    env=environment,
+    check=True,
+  )
+  assert len(list_whole(tmp_path / 'prepared')) == 1
+  assert len(list(tmp_path.glob('imported-*'))) == 1
