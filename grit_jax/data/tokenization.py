@@ -195,12 +195,10 @@ class _Job:
       suffix = '.distinct' if excluded else ''
       folder = self._incomplete / f'part-{part.index:05d}{suffix}'
       self._parts.append(folder)
-      if not parts.is_written(folder, part):
+      if parts.is_written(folder, part):
+        self.advance(bar, part.position)
+      else:
         yield PartTask(part, folder, self.source.kind, places, excluded)
-        continue
-      if self.settings.on_error == 'stop':
-        self._check_skipped(_part_reports(folder))
-      self.advance(bar, part.position)
 
   def advance(self, bar: tqdm.tqdm, position: int) -> None:
     """Moves the bar to a position in the source."""
