@@ -41,7 +41,7 @@ from grit_jax.data.reports import Report
 NAME = 'tokens'
 _FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 # Ids that are compared at once; more are compared in several passes.
-_IDS_AT_ONCE = 1 << 22
+_IDS_AT_ONCE = 1 << 20
 
 
 def merge(

@@ -256,7 +256,9 @@ def test_without_faults_on_error_does_not_matter(
 def test_more_negatives_than_a_data_set_has_skip_other_records(
   prepare, tmp_path
 ):
-  source = write_lines(tmp_path / 'a.jsonl', make_records(50))
+  lines = make_records(50)
+  lines[9]['neg'] = ['n'] * 3
+  source = write_lines(tmp_path / 'a.jsonl', lines)
   options = dict(
     on_error='skip', max_skipped_fraction=1.0, held_out_fraction=0.0
   )
@@ -264,6 +266,8 @@ def test_more_negatives_than_a_data_set_has_skip_other_records(
   fewer = prepare(source, **options, min_negatives=2)
   assert fewer.record_ids.tolist() == list(range(2, 51, 2))
   assert fewer.report.skipped == {records.TOO_FEW_NEGATIVES: 25}
+  fewest = prepare(source, **options, min_negatives=3)
+  assert fewest.record_ids.tolist() == [10]
   assert len(prepare(source, **options, min_negatives=1)) == 50
 
 
@@ -368,7 +372,8 @@ def test_one_size_and_time_is_not_hashed_again(prepare, tmp_path, monkeypatch):
     context.setattr(FileSource, 'fingerprint', None)
     prepare(FileSource(path))
   # A file as young as the data set may have changed in the same instant.
-  os.utime(path)
+  path = write_lines(tmp_path / 'b.jsonl', make_records(50))._path
+  prepare(FileSource(path))
   hashed = []
   fingerprint = FileSource.fingerprint
   monkeypatch.setattr(
