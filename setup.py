@@ -10,6 +10,7 @@ README = pathlib.Path(__file__).parent / 'README.md'
 # differ for JAX; below the bounds nothing is known.
 REQUIREMENTS = [
   'absl-py>=2.3',
+  'array_record>=0.8',
   'etils[epath]>=1.13',
   'flax>=0.12.8',
   'grain>=0.2.18',
@@ -30,6 +31,7 @@ REQUIREMENTS = [
   'tensorstore>=0.1.78',
   'tokenizers>=0.22',
   'tqdm>=4.67',
+  'zstandard>=0.25',
 ]
 
 EXTRAS = {

@@ -284,11 +284,18 @@ class ObjectiveConfig:
 class DataConfig:
   """Where records come from, and how a step's texts become rows."""
 
-  # Comma-separated: .jsonl files, folders of them, or `tfds:NAME[/CONFIG]`.
+  # Comma-separated: .jsonl files (also .gz and .zst), folders of them, folders
+  # that `grit_jax.data.prepare` wrote, or `tfds:NAME[/CONFIG]`.
   paths: str = ''
+  # What a faulty record does: it stops the preparation, with its place, or it
+  # is skipped and counted, up to a share of its data set's records. At fault
+  # is what is malformed, has fewer negatives than `num_passages` needs, an
+  # instruction that leaves no room for its text, or the id of another record.
+  on_error: str = 'stop'  # stop, skip
+  max_skipped_fraction: float = 0.01
   # A sentencepiece model, or a folder with one or with a tokenizer.json; empty:
-  # that of `init_from`, or, without it, one of `tokenizer_pieces` that is
-  # trained on the data and kept in the workdir.
+  # that of `init_from`; without it, that of the data if it is prepared, or one
+  # of `tokenizer_pieces` that is trained on the data and kept in the workdir.
   tokenizer: str = ''
   tokenizer_pieces: int = 8192
   # Where tokenized data sets are kept; empty: `data` in the workdir.
@@ -342,6 +349,12 @@ class DataConfig:
         f'data.{name}={getattr(self, name)} does not fit a row of '
         f'data.row_length={self.row_length} tokens.',
       )
+    _check_choice('data.on_error', self.on_error, ('stop', 'skip'))
+    _check(
+      0 <= self.max_skipped_fraction <= 1,
+      f'data.max_skipped_fraction={self.max_skipped_fraction} is not in '
+      '[0, 1].',
+    )
 
   def _validate_choices(self) -> None:
     _check_choice('data.mixing', self.mixing, ('leftovers', 'none', 'all'))

@@ -29,16 +29,18 @@ from grit_jax.convert import ConvertError
 from grit_jax.data import records
 from grit_jax.data.dataset import Dataset
 from grit_jax.data.filling import RowShards
+from grit_jax.data.folders import PreparationError
 from grit_jax.data.formats import FormatError
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.preparation import (
+  Found,
   check_kinds,
   fit_vocabulary,
   prepare_data,
   train_or_load_tokenizer,
 )
 from grit_jax.data.records import RecordError
-from grit_jax.data.sources import HELD_OUT, TRAIN, Source, sources
+from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.initial import (
@@ -96,6 +98,7 @@ USER_ERRORS = (
   MeshError,
   MetricsError,
   NonFiniteLossError,
+  PreparationError,
   ProcessError,
   RecordError,
   TokenizerError,
@@ -275,7 +278,7 @@ def _open_initial(config: Config, workdir: epath.Path) -> InitialModel | None:
 def _find_tokenizer(
   config: Config,
   workdir: epath.Path,
-  found: list[Source],
+  found: Found,
   initial: InitialModel | None,
 ) -> Tokenizer:
   """Returns the tokenizer that is given, the model's, or a trained one."""

@@ -1,47 +1,25 @@
 """Tokenized data sets: TFDS in array_record, with an index of lengths.
 
-A data set is tokenized once and reused while its content, the tokenizer and
-the limits stay the same; the name of its folder says so. In the folder:
-
-- `records/`: the tokens, a TFDS data set, in the order of the source;
-- `*.npy`: the index, mapped into memory, all that planning batches needs;
-- `report.json`: what was read, cut and dropped.
-
-The TFDS data set is written with `tfds.core.SequentialWriter`. A
-GeneratorBasedBuilder would collect a split in memory, and beyond 1 GB would
-turn to TensorFlow.
+What lies in the folder of one is said in `grit_jax.data.merging`.
 """
 
-import array
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
-from tensorflow_datasets.core import dataset_info
 
+from grit_jax.config import DataConfig
 from grit_jax.data import examples, records
-from grit_jax.data.examples import EmbeddingEncoder, GenerativeEncoder, Report
 from grit_jax.data.formats import Conversation, EmbeddingText
+from grit_jax.data.parts import Settings
 from grit_jax.data.records import RecordError
+from grit_jax.data.reports import Report
 from grit_jax.data.sources import Source
+from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer
-
-# To be raised whenever the files change their meaning or texts their tokens.
-FORMAT_VERSION = 2
-
-# A call of the tokenizer gets this much, so that its threads have work.
-_BATCH_RECORDS = 1024
-_BATCH_BYTES = 4 << 20
-_RECORDS_A_SHARD = 100_000
 
 
 class EmptySplitError(RecordError):
@@ -54,29 +32,41 @@ class Dataset:
   Attributes:
     name: The source's name.
     kind: `records.EMBEDDING` or `records.GENERATIVE`.
-    report: What was read, cut and dropped.
+    report: What was read, cut, dropped and skipped.
     record_ids: int64 [n], each record's number in the source.
     lengths: int32, numbers of tokens; see the subclasses.
   """
 
   kind: str
 
-  def __init__(self, folder: pathlib.Path, source: Source, split: str):
-    """Opens a data set that `prepare` wrote.
+  def __init__(self, folder: pathlib.Path, split: str):
+    """Opens a split of a data set.
 
     Args:
-      folder: Its folder.
-      source: The source it was made of.
+      folder: The data set's folder.
       split: The split of the source.
+
+    Raises:
+      EmptySplitError: It has no record.
     """
-    self.name = source.name
-    self.report = Report(**json.loads((folder / 'report.json').read_text()))
-    self.record_ids = _open_index(folder, 'record_ids')
-    self.lengths = _open_index(folder, 'lengths')
-    self._source = source
-    self._split = split
+    content = json.loads((folder / 'dataset.json').read_text())
+    self.name = content['name']
+    self.report = Report(**content['splits'][split]['report'])
+    self._place = content['splits'][split]['place']
+    if not self.report.records:
+      raise EmptySplitError(
+        f'{content["source"]["name"]}: no record for split {split!r} with a '
+        f'held-out fraction of {content["identity"]["held_out_fraction"]}; '
+        f'dropped: {self.report.dropped or "none"}'
+      )
+    self._folder, self._split = folder, split
+    self.record_ids = self._open_index('record_ids')
+    self.lengths = self._open_index('lengths')
     builder = tfds.builder_from_directory(folder / 'records')
-    self._examples = builder.as_data_source('train')
+    self._examples = builder.as_data_source(split)
+
+  def _open_index(self, name: str) -> np.ndarray:
+    return np.load(self._folder / f'{self._split}-{name}.npy', mmap_mode='r')
 
   def __len__(self) -> int:
     """Number of records."""
@@ -91,7 +81,8 @@ class Dataset:
     Returns:
       A place such as "data/a.jsonl:17".
     """
-    return self._source.where(self._split, int(self.record_ids[index]))
+    before, after = self._place
+    return f'{before}{self.record_ids[index]}{after}'
 
   def _read(self, indices: Sequence[int]) -> Iterable[examples.Example]:
     return self._examples.__getitems__([int(index) for index in indices])
@@ -113,12 +104,12 @@ class EmbeddingDataset(Dataset):
 
   kind = records.EMBEDDING
 
-  def __init__(self, folder: pathlib.Path, source: Source, split: str):
+  def __init__(self, folder: pathlib.Path, split: str):
     """See the base class."""
-    super().__init__(folder, source, split)
-    self.offsets = _open_index(folder, 'offsets')
-    self.num_positives = _open_index(folder, 'num_positives')
-    self.text_hashes = _open_index(folder, 'text_hashes')
+    super().__init__(folder, split)
+    self.offsets = self._open_index('offsets')
+    self.num_positives = self._open_index('num_positives')
+    self.text_hashes = self._open_index('text_hashes')
 
   def read(self, indices: Sequence[int]) -> list[list[EmbeddingText]]:
     """Reads records.
@@ -142,10 +133,10 @@ class GenerativeDataset(Dataset):
 
   kind = records.GENERATIVE
 
-  def __init__(self, folder: pathlib.Path, source: Source, split: str):
+  def __init__(self, folder: pathlib.Path, split: str):
     """See the base class."""
-    super().__init__(folder, source, split)
-    self.loss_tokens = _open_index(folder, 'loss_tokens')
+    super().__init__(folder, split)
+    self.loss_tokens = self._open_index('loss_tokens')
 
   def read(self, indices: Sequence[int]) -> list[Conversation]:
     """Reads records.
@@ -159,6 +150,27 @@ class GenerativeDataset(Dataset):
     return [examples.decode_conversation(item) for item in self._read(indices)]
 
 
+def open_dataset(
+  folder: pathlib.Path, split: str
+) -> EmbeddingDataset | GenerativeDataset:
+  """Opens a split of a tokenized data set.
+
+  Args:
+    folder: What `grit_jax.data.tokenization.tokenize` returned.
+    split: `sources.TRAIN` or `sources.HELD_OUT`.
+
+  Returns:
+    The data set, of the class for its kind.
+
+  Raises:
+    EmptySplitError: It has no record.
+  """
+  content = json.loads((folder / 'dataset.json').read_text())
+  if content['kind'] == records.GENERATIVE:
+    return GenerativeDataset(folder, split)
+  return EmbeddingDataset(folder, split)
+
+
 def prepare(
   source: Source,
   split: str,
@@ -170,157 +182,42 @@ def prepare(
   max_generative_tokens: int,
   min_negatives: int,
   held_out_fraction: float,
+  on_error: str = DataConfig.on_error,
+  max_skipped_fraction: float = DataConfig.max_skipped_fraction,
 ) -> EmbeddingDataset | GenerativeDataset:
   """Opens the tokenized data set of a source, and makes it where it is missing.
 
-  Every record is validated. The data set appears in the directory whole or
-  not at all; a second process that prepares it waits for the first.
-
   Args:
     source: Where the records come from.
-    split: `sources.TRAIN` or `sources.HELD_OUT`.
+    split: `sources.TRAIN` or `sources.HELD_OUT`; both are made.
     tokenizer: The tokenizer.
-    directory: Where tokenized data sets lie: a folder on a local or mounted
-      disk, since the index is mapped into memory.
+    directory: Where tokenized data sets lie.
     max_query_tokens: Tokens of a query, prefix included; more are cut.
     max_passage_tokens: Tokens of a positive or negative.
     max_generative_tokens: Tokens of a conversation or plain text.
     min_negatives: Negatives that every embedding record must have.
     held_out_fraction: Share of a file's lines that is held out.
+    on_error: What a faulty record does: `stop` raises, `skip` leaves it out
+      and counts it. At fault is a record that is malformed, has too few
+      negatives, an instruction that leaves no room for its text, or the id of
+      an earlier one.
+    max_skipped_fraction: Share of a source's records that may be skipped.
 
   Returns:
     The data set, of the class for the source's kind.
 
   Raises:
-    RecordError: A record is malformed, cannot be formatted or has too few
-      negatives, the message beginning with its place; or none is left.
-    ValueError: The directory is not on a disk.
+    EmptySplitError: It has no record.
+    One of the errors of `grit_jax.data.tokenization.tokenize`.
   """
-  if '://' in os.fspath(directory):
-    raise ValueError(
-      f'{directory}: tokenized data sets need a folder on a local or mounted '
-      'disk'
-    )
-  if source.kind == records.GENERATIVE:
-    encoder = GenerativeEncoder(tokenizer, max_generative_tokens)
-  else:
-    encoder = EmbeddingEncoder(
-      tokenizer, max_query_tokens, max_passage_tokens, min_negatives
-    )
-  identity = {
-    'format': FORMAT_VERSION,
-    'source': source.fingerprint(),
-    'tokenizer': tokenizer.fingerprint,
-    'limits': encoder.limits,
-    'held_out_fraction': held_out_fraction,
-  }
-  text = json.dumps(identity, sort_keys=True)
-  fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-  place = pathlib.Path(directory) / f'{source.name}-{split}'
-  folder = place.with_name(f'{place.name}-{fingerprint}')
-  with _lock(place), _temporary_folder(place) as temporary:
-    if not folder.exists():
-      _write(temporary, source, split, encoder, held_out_fraction)
-      temporary.rename(folder)
-  if source.kind == records.GENERATIVE:
-    return GenerativeDataset(folder, source, split)
-  dataset = EmbeddingDataset(folder, source, split)
-  # Fewer may have been asked for when it was written.
-  negatives = np.diff(dataset.offsets) - 1 - dataset.num_positives
-  fewest = int(negatives.argmin())
-  examples.check_negatives(
-    int(negatives[fewest]), min_negatives, dataset.where(fewest)
+  settings = Settings(
+    max_query_tokens,
+    max_passage_tokens,
+    max_generative_tokens,
+    min_negatives,
+    held_out_fraction,
+    on_error,
+    max_skipped_fraction,
   )
-  return dataset
-
-
-def _write(
-  folder: pathlib.Path,
-  source: Source,
-  split: str,
-  encoder: EmbeddingEncoder | GenerativeEncoder,
-  held_out_fraction: float,
-) -> None:
-  (folder / 'records').mkdir(parents=True)
-  writer = _open_writer(folder / 'records', encoder.features)
-  record_ids = array.array('q')
-  for lines in _batch_lines(source.read(split, held_out_fraction)):
-    batch = [source.parse(split, number, line) for number, line in lines]
-    places = [source.where(split, number) for number, _ in lines]
-    encoded = encoder.encode(batch, places)
-    kept = [i for i, example in enumerate(encoded) if example is not None]
-    record_ids.extend(lines[i][0] for i in kept)
-    writer.add_examples({'train': [encoded[i] for i in kept]})
-  writer.close_all()
-  if not record_ids:
-    raise EmptySplitError(
-      f'{source}: no record for split {split!r} with a held-out fraction of '
-      f'{held_out_fraction}; dropped: {encoder.report.dropped or "none"}'
-    )
-  encoder.report.records = len(record_ids)
-  index = {**encoder.index, 'record_ids': record_ids}
-  for name, values in index.items():
-    np.save(folder / f'{name}.npy', np.asarray(values))
-  report = asdict(encoder.report)
-  (folder / 'report.json').write_text(json.dumps(report, indent=2))
-  logging.info('Tokenized %s, split %s: %s', source, split, report)
-
-
-def _open_writer(
-  folder: pathlib.Path, features: dict[str, tfds.features.FeatureConnector]
-) -> tfds.core.SequentialWriter:
-  identity = dataset_info.DatasetIdentity(
-    name='tokens',
-    version=tfds.core.Version(f'{FORMAT_VERSION}.0.0'),
-    data_dir=os.fspath(folder),
-    module_name=__name__,
-  )
-  info = tfds.core.DatasetInfo(
-    builder=identity,
-    features=tfds.features.FeaturesDict(features),
-    disable_shuffling=True,
-  )
-  writer = tfds.core.SequentialWriter(
-    info, max_examples_per_shard=_RECORDS_A_SHARD, file_format='array_record'
-  )
-  writer.initialize_splits(['train'])
-  return writer
-
-
-def _batch_lines(
-  lines: Iterable[tuple[int, bytes]],
-) -> Iterator[list[tuple[int, bytes]]]:
-  batch: list[tuple[int, bytes]] = []
-  size = 0
-  for number, line in lines:
-    batch.append((number, line))
-    size += len(line)
-    if len(batch) == _BATCH_RECORDS or size >= _BATCH_BYTES:
-      yield batch
-      batch, size = [], 0
-  if batch:
-    yield batch
-
-
-def _open_index(folder: pathlib.Path, name: str) -> np.ndarray:
-  return np.load(folder / f'{name}.npy', mmap_mode='r')
-
-
-@contextlib.contextmanager
-def _lock(place: pathlib.Path) -> Iterator[None]:
-  """Holds the right to write; the system takes it back if the process dies."""
-  place.parent.mkdir(parents=True, exist_ok=True)
-  with open(place.with_name(f'.{place.name}.lock'), 'w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
-@contextlib.contextmanager
-def _temporary_folder(place: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Names a folder to write in; what was left in it before and after goes."""
-  temporary = place.with_name(f'{place.name}.incomplete')
-  shutil.rmtree(temporary, ignore_errors=True)
-  try:
-    yield temporary
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  (folder,) = tokenize([source], tokenizer, directory, settings)
+  return open_dataset(folder, split)

@@ -9,53 +9,30 @@ hand was no better.
 import array
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from grit_jax.data import formats
 from grit_jax.data.formats import Conversation, EmbeddingText, FormatError
-from grit_jax.data.records import EmbeddingRecord, GenerativeRecord, RecordError
+from grit_jax.data.records import (
+  NO_ROOM,
+  EmbeddingRecord,
+  GenerativeRecord,
+  RecordError,
+)
+from grit_jax.data.reports import Report, check_negatives
 from grit_jax.data.tokenizer import Tokenizer
 
 Example = Mapping[str, np.ndarray]
 
+# To be raised whenever the files of data sets change their meaning, or texts
+# their tokens.
+FORMAT_VERSION = 3
+
 NO_ANSWER = 'no answer within the limit of tokens'
 
 _INTEGERS = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-
-
-@dataclass
-class Report:
-  """What became of the records of a source.
-
-  Attributes:
-    records: Number of records in the data set.
-    texts: Number of texts in it; a conversation is one.
-    tokens: Number of tokens in it.
-    cut_texts: Number of texts that were cut at their limit.
-    cut_tokens: Number of tokens that cutting dropped.
-    dropped: Number of records that are not in it, by reason.
-  """
-
-  records: int = 0
-  texts: int = 0
-  tokens: int = 0
-  cut_texts: int = 0
-  cut_tokens: int = 0
-  dropped: dict[str, int] = field(default_factory=dict)
-
-  def count_text(self, text: EmbeddingText | Conversation) -> None:
-    """Adds a text of the data set."""
-    self.texts += 1
-    self.tokens += len(text.ids)
-    self.cut_texts += text.cut > 0
-    self.cut_tokens += text.cut
-
-  def count_dropped(self, reason: str) -> None:
-    """Adds a record that is not in the data set."""
-    self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
 
 class EmbeddingEncoder:
@@ -65,7 +42,6 @@ class EmbeddingEncoder:
     features: The TFDS features of an example: the tokens of all texts, and the
       number of tokens of each text and of its instruction, texts in the order
       query, positives, negatives.
-    limits: What decides which tokens a text gets, besides the tokenizer.
     report: What has been encoded so far.
     index: The arrays of `grit_jax.data.dataset.EmbeddingDataset`.
   """
@@ -82,9 +58,9 @@ class EmbeddingEncoder:
     max_query_tokens: int,
     max_passage_tokens: int,
     min_negatives: int,
+    num_threads: int,
   ):
     """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
-    self.limits = {'query': max_query_tokens, 'passage': max_passage_tokens}
     self.report = Report()
     self.index = {
       'offsets': array.array('q', [0]),
@@ -93,11 +69,13 @@ class EmbeddingEncoder:
       'text_hashes': array.array('Q'),
     }
     self._tokenizer = tokenizer
+    self._limits = (max_query_tokens, max_passage_tokens)
     self._min_negatives = min_negatives
+    self._num_threads = num_threads
 
   def encode(
     self, batch: Sequence[EmbeddingRecord], places: Sequence[str]
-  ) -> list[Example]:
+  ) -> list[Example | RecordError]:
     """Encodes some records.
 
     Args:
@@ -105,32 +83,45 @@ class EmbeddingEncoder:
       places: Where each comes from.
 
     Returns:
-      The example of each.
-
-    Raises:
-      RecordError: A record has too few negatives, or an instruction leaves no
-        room for the text.
+      The example of each; or what is wrong with it: too few negatives, or an
+      instruction that leaves no room for the text.
     """
     prompts = [
       formats.format_embedding(text, self._tokenizer)
       for record in batch
       for text in record.texts
     ]
-    encoded = iter(self._tokenizer.encode_parts_batch(prompts))
-    examples = []
+    encoded = iter(
+      self._tokenizer.encode_parts_batch(prompts, self._num_threads)
+    )
+    examples: list[Example | RecordError] = []
     for record, place in zip(batch, places, strict=True):
-      check_negatives(len(record.negatives), self._min_negatives, place)
-      marked = []
-      for i in range(len(record.texts)):
-        limit = self.limits['passage' if i else 'query']
-        try:
-          marked.append(formats.mark_embedding(*next(encoded), limit))
-        except FormatError as error:
-          path = _name_text(i, len(record.positives))
-          raise RecordError(f'{place}: {path}: {error}') from error
+      parts = [next(encoded) for _ in record.texts]
+      try:
+        check_negatives(len(record.negatives), self._min_negatives, place)
+        marked = self._mark(record, parts, place)
+      except RecordError as error:
+        examples.append(error)
+        continue
       self.index['text_hashes'].extend(hash_text(t.text) for t in record.texts)
       examples.append(self._add(marked, len(record.positives)))
     return examples
+
+  def _mark(
+    self,
+    record: EmbeddingRecord,
+    parts: list[tuple[np.ndarray, np.ndarray]],
+    place: str,
+  ) -> list[EmbeddingText]:
+    marked = []
+    for i, (ids, part) in enumerate(parts):
+      try:
+        limit = self._limits[1 if i else 0]
+        marked.append(formats.mark_embedding(ids, part, limit))
+      except FormatError as error:
+        path = _name_text(i, len(record.positives))
+        raise RecordError(f'{place}: {path}: {error}', NO_ROOM) from error
+    return marked
 
   def _add(self, texts: list[EmbeddingText], num_positives: int) -> Example:
     lengths = [len(text.ids) for text in texts]
@@ -170,22 +161,24 @@ class GenerativeEncoder:
     features: The TFDS features of an example: the tokens, and the lengths of
       the runs that are, in turn, instruction and answer. The first run is one
       of instruction, of length 0 for a plain text.
-    limits: What decides which tokens a record gets, besides the tokenizer.
     report: What has been encoded so far.
     index: The arrays of `grit_jax.data.dataset.GenerativeDataset`.
   """
 
   features = {'tokens': _INTEGERS, 'runs': _INTEGERS}
 
-  def __init__(self, tokenizer: Tokenizer, max_generative_tokens: int):
+  def __init__(
+    self, tokenizer: Tokenizer, max_generative_tokens: int, num_threads: int
+  ):
     """Sets what to encode with; see `grit_jax.data.dataset.prepare`."""
-    self.limits = {'generative': max_generative_tokens}
     self.report = Report()
     self.index = {
       'lengths': array.array('i'),
       'loss_tokens': array.array('i'),
     }
     self._tokenizer = tokenizer
+    self._limit = max_generative_tokens
+    self._num_threads = num_threads
 
   def encode(
     self, batch: Sequence[GenerativeRecord], places: Sequence[str]
@@ -205,10 +198,10 @@ class GenerativeEncoder:
       formats.format_conversation(record, self._tokenizer) for record in batch
     ]
     examples = []
-    for ids, part in self._tokenizer.encode_parts_batch(prompts):
-      conversation = formats.mark_conversation(
-        ids, part, self.limits['generative']
-      )
+    for ids, part in self._tokenizer.encode_parts_batch(
+      prompts, self._num_threads
+    ):
+      conversation = formats.mark_conversation(ids, part, self._limit)
       if conversation.in_loss.any():
         examples.append(self._add(conversation))
       else:
@@ -236,15 +229,6 @@ def decode_conversation(example: Example) -> Conversation:
   is_instruction = np.arange(len(runs)) % 2 == 0
   in_instruction = np.repeat(is_instruction, runs)
   return formats.mark_tokens(example['tokens'], in_instruction)
-
-
-def check_negatives(found: int, expected: int, place: str) -> None:
-  """Raises RecordError where a record has fewer negatives than expected."""
-  if found < expected:
-    raise RecordError(
-      f'{place}: neg: found {found} negatives, expected {expected} or more; '
-      'add some, or lower num_passages'
-    )
 
 
 def _name_text(index: int, num_positives: int) -> str:

@@ -1,7 +1,9 @@
 """From a run's sources to its tokenizer and its tokenized data sets."""
 
 import dataclasses
+import json
 import time
+from collections.abc import Iterator
 
 from absl import logging
 from etils import epath
@@ -9,15 +11,27 @@ from etils import epath
 from grit_jax import processes
 from grit_jax.config import Config, ConfigError
 from grit_jax.data import records
-from grit_jax.data.dataset import Dataset, EmptySplitError, prepare
-from grit_jax.data.sources import TRAIN, Source
+from grit_jax.data.dataset import Dataset, EmptySplitError, open_dataset
+from grit_jax.data.parts import Settings
+from grit_jax.data.prepared import PreparedSource
+from grit_jax.data.records import RecordError
+from grit_jax.data.reports import (
+  check_skipped,
+  find_too_few_negatives,
+  read_reports,
+)
+from grit_jax.data.sources import TRAIN, FileSource, Source
+from grit_jax.data.tokenization import is_settled, tokenize
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+
+# What `sources` finds.
+Found = list[Source | PreparedSource]
 
 _POLL_SECONDS = 0.5
 
 
-def check_kinds(config: Config, found: list[Source]) -> None:
+def check_kinds(config: Config, found: Found) -> None:
   """Checks that there is data for each stream of the mode.
 
   Raises:
@@ -37,12 +51,16 @@ def check_kinds(config: Config, found: list[Source]) -> None:
 
 
 def train_or_load_tokenizer(
-  config: Config, workdir: epath.Path, found: list[Source]
+  config: Config, workdir: epath.Path, found: Found
 ) -> Tokenizer:
-  """Returns the run's own tokenizer, trained on the data at its first start.
+  """Returns the tokenizer of prepared data, or the run's own.
 
-  The first of several processes trains it; the others wait for its file.
+  The latter is trained on the data at the run's first start, by the first of
+  its processes; the others wait for its file.
   """
+  for source in found:
+    if isinstance(source, PreparedSource):
+      return source.load_tokenizer()
   path = workdir / 'tokenizer.model'
   while not path.exists() and not processes.is_first():
     time.sleep(_POLL_SECONDS)
@@ -50,18 +68,27 @@ def train_or_load_tokenizer(
     logging.info(
       'Training a tokenizer of %d pieces.', config.data.tokenizer_pieces
     )
-    fraction = config.evaluation.held_out_fraction
-    texts = (
-      text
-      for source in found
-      for number, line in source.read(TRAIN, fraction)
-      for text in records.strings_of(source.parse(TRAIN, number, line))
-    )
+    texts = (text for source in found for text in _strings(config, source))
     model = train_tokenizer(texts, config.data.tokenizer_pieces)
     partial_path = workdir / 'tokenizer.model.partial'
     partial_path.write_bytes(model)
     partial_path.replace(path)
   return load_tokenizer(path)
+
+
+def _strings(config: Config, source: Source) -> Iterator[str]:
+  """Iterates over the strings of a source's records for training."""
+  for line in source.read(config.evaluation.held_out_fraction):
+    if line.split != TRAIN:
+      continue
+    where = source.where(line.split, line.number)
+    try:
+      record = records.parse(line.json, where, source.kind)
+    except RecordError:
+      if config.data.on_error == 'stop':
+        raise
+      continue  # It is counted where the data is tokenized.
+    yield from records.strings_of(record)
 
 
 def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -82,10 +109,24 @@ def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
   return dataclasses.replace(config, model=model)
 
 
+def make_settings(config: Config) -> Settings:
+  """Returns what a configuration asks of data."""
+  data = config.data
+  return Settings(
+    max_query_tokens=data.max_query_tokens,
+    max_passage_tokens=data.max_passage_tokens,
+    max_generative_tokens=data.max_generative_tokens,
+    min_negatives=data.num_passages - 1,
+    held_out_fraction=config.evaluation.held_out_fraction,
+    on_error=data.on_error,
+    max_skipped_fraction=data.max_skipped_fraction,
+  )
+
+
 def prepare_data(
   config: Config,
   workdir: epath.Path,
-  found: list[Source],
+  found: Found,
   tokenizer: Tokenizer,
   split: str,
 ) -> dict[str, list[Dataset]]:
@@ -94,30 +135,23 @@ def prepare_data(
   The streams that the mode lacks are empty, as is a split that holds nothing
   out.
   """
-  data, objective = config.data, config.objective
-  prepared: dict[str, list[Dataset]] = {
-    records.EMBEDDING: [],
-    records.GENERATIVE: [],
-  }
   used = {
-    records.EMBEDDING: objective.has_embedding,
-    records.GENERATIVE: objective.has_generative,
+    records.EMBEDDING: config.objective.has_embedding,
+    records.GENERATIVE: config.objective.has_generative,
   }
+  found = [source for source in found if used[source.kind]]
+  raw = [source for source in found if isinstance(source, Source)]
+  directory = config.data.cache_dir or workdir / 'data'
+  folders = iter(tokenize(raw, tokenizer, directory, make_settings(config)))
+  prepared: dict[str, list[Dataset]] = {kind: [] for kind in used}
   for source in found:
-    if not used[source.kind]:
-      continue
+    if isinstance(source, PreparedSource):
+      check_prepared(config, source, tokenizer)
+      folder = source.folder
+    else:
+      folder = next(folders)
     try:
-      dataset = prepare(
-        source,
-        split,
-        tokenizer,
-        data.cache_dir or workdir / 'data',
-        max_query_tokens=data.max_query_tokens,
-        max_passage_tokens=data.max_passage_tokens,
-        max_generative_tokens=data.max_generative_tokens,
-        min_negatives=data.num_passages - 1,
-        held_out_fraction=config.evaluation.held_out_fraction,
-      )
+      dataset = open_dataset(folder, split)
     except EmptySplitError as error:
       if split == TRAIN:
         raise
@@ -129,12 +163,71 @@ def prepare_data(
   return prepared
 
 
+def check_prepared(
+  config: Config, source: PreparedSource, tokenizer: Tokenizer
+) -> None:
+  """Checks that prepared data is what a run asks for.
+
+  Raises:
+    ConfigError: A key asks for other data.
+    RecordError: A record has too few negatives, or the file that the data was
+      made of has changed.
+  """
+  place, kept = source.directory, source.settings
+  if source.tokenizer != tokenizer.fingerprint:
+    raise ConfigError(
+      f'data.tokenizer={config.data.tokenizer!r}: {place} was prepared with '
+      f'another tokenizer than that of the run, {place / "tokenizer"}. Name '
+      'that one, or prepare the data again.'
+    )
+  asked = make_settings(config)
+  keys = {f'data.max_{name}_tokens' for name in asked.limits(source.kind)}
+  for key in sorted({*keys, 'evaluation.held_out_fraction'}):
+    name = key.split('.')[1]
+    if getattr(asked, name) != kept[name]:
+      raise ConfigError(
+        f'{key}={getattr(asked, name)}, but {place} was prepared with '
+        f'{kept[name]}. Set it to that, or prepare the data again.'
+      )
+  reports = read_reports(source.folder)
+  skipped = sum(sum(report.skipped.values()) for report in reports)
+  if skipped and asked.on_error == 'stop':
+    raise ConfigError(
+      f"data.on_error='stop', but {skipped} records of {source.name} were "
+      f"skipped when {place} was prepared; 'skip' allows that."
+    )
+  check_skipped(
+    reports, str(source), asked.on_error, asked.max_skipped_fraction
+  )
+  error = find_too_few_negatives(source.folder, asked.min_negatives)
+  if error is not None:
+    raise error
+  _check_unchanged(source)
+
+
+def _check_unchanged(source: PreparedSource) -> None:
+  """Checks that the file that a data set was made of, if there, is the same."""
+  path = source.folder / 'dataset.json'
+  content = json.loads(path.read_text())
+  state = content['source']['state']
+  if 'path' not in state or not epath.Path(state['path']).exists():
+    return
+  file = FileSource(state['path'])
+  if is_settled(state, file.state(), path):
+    return
+  if file.fingerprint() != content['identity']['source']:
+    raise RecordError(
+      f'{file}: changed since {source.directory} was prepared from it; prepare '
+      'it again, or move the file away to train on what was prepared'
+    )
+
+
 def _report(dataset: Dataset) -> None:
   """Says what a data set holds, and what was cut or dropped of it."""
   report = dataset.report
   logging.info(
     '%s (%s): %d records, %.2f million tokens; %d texts cut by %d tokens; '
-    'dropped: %s.',
+    'dropped: %s; skipped: %s.',
     dataset.name,
     dataset.kind,
     report.records,
@@ -142,4 +235,8 @@ def _report(dataset: Dataset) -> None:
     report.cut_texts,
     report.cut_tokens,
     report.dropped or 'none',
+    report.skipped or 'none',
   )
+  for messages in report.faults.values():
+    for message in messages:
+      logging.warning('Skipped: %s', message)

@@ -7,7 +7,9 @@ A line is one record, of one of two kinds:
 - generative: `{"text": [user, assistant, user, assistant, ...]}`, or
   `{"text": "plain"}`.
 
-Other fields of a line are ignored. `grit_jax.data.sources` finds the lines.
+Either may have an "id", a string or a number, which no other record of its data
+set has. Other fields of a line are ignored. `grit_jax.data.sources` finds the
+lines.
 """
 
 import json
@@ -19,8 +21,35 @@ EMBEDDING = 'embedding'
 GENERATIVE = 'generative'
 
 
+# Why a record is not what it must be, as reports count it.
+ANOTHER_KIND = 'another kind'
+DUPLICATE_ID = 'duplicate id'
+EMPTY_TEXT = 'empty text'
+NO_ROOM = 'instruction without room for a text'
+NOT_JSON = 'not valid JSON'
+NOT_UTF8 = 'not UTF-8'
+NULL_CHARACTER = 'null character'
+SURROGATE = 'half a surrogate pair'
+TOO_FEW_NEGATIVES = 'too few negatives'
+WRONG_FIELDS = 'missing or wrong fields'
+
+
 class RecordError(ValueError):
-  """A record, or a file of records, that is not what it must be."""
+  """A record, or a file of records, that is not what it must be.
+
+  Attributes:
+    reason: For a record why, as reports count it; "" for a file.
+  """
+
+  def __init__(self, message: str, reason: str = ''):
+    """Keeps both.
+
+    Args:
+      message: The place, and what is wrong there.
+      reason: See the class.
+    """
+    super().__init__(message)
+    self.reason = reason
 
 
 class Text(NamedTuple):
@@ -45,11 +74,13 @@ class EmbeddingRecord:
     query: The query.
     positives: One passage or more that answer it.
     negatives: Any number of hard negatives.
+    id: What the record calls itself, as JSON; None if it has no id.
   """
 
   query: Text
   positives: tuple[Text, ...]
   negatives: tuple[Text, ...]
+  id: str | None = None
 
   @property
   def texts(self) -> tuple[Text, ...]:
@@ -65,10 +96,12 @@ class GenerativeRecord:
     turns: The turns, user and assistant alternating, an even number; of a
       plain text the text alone.
     plain: Whether it is a plain text.
+    id: As of `EmbeddingRecord`.
   """
 
   turns: tuple[str, ...]
   plain: bool = False
+  id: str | None = None
 
 
 Record = EmbeddingRecord | GenerativeRecord
@@ -90,7 +123,7 @@ def strings_of(record: Record) -> Iterator[str]:
     yield text.text
 
 
-def parse(line: str | bytes, where: str) -> Record:
+def parse(line: str | bytes, where: str, kind: str | None = None) -> Record:
   """Reads one JSON line.
 
   A user turn may be empty; every other text must have a character that is not
@@ -99,6 +132,7 @@ def parse(line: str | bytes, where: str) -> Record:
   Args:
     line: The line, as text or UTF-8; a line end is ignored.
     where: Where the line stands, such as "data/a.jsonl:17", for the message.
+    kind: The kind that it must be of; None for either.
 
   Returns:
     The record.
@@ -107,6 +141,17 @@ def parse(line: str | bytes, where: str) -> Record:
     RecordError: The line is no such record. The message begins with `where`,
       then names the field, what was found and what is expected.
   """
+  record = _parse_record(line, where)
+  if kind is not None and kind_of(record) != kind:
+    raise RecordError(
+      f'{where}: found a record of the {kind_of(record)} kind among records of '
+      f'the {kind} kind, expected one kind a data set',
+      ANOTHER_KIND,
+    )
+  return record
+
+
+def _parse_record(line: str | bytes, where: str) -> Record:
   fields = _parse_json(line, where)
   if not isinstance(fields, dict):
     raise _mismatch(where, 'the line', fields, 'an object')
@@ -114,16 +159,18 @@ def parse(line: str | bytes, where: str) -> Record:
   if embedding and 'text' in fields:
     raise RecordError(
       f'{where}: found both "{embedding[0]}" and "text", expected an embedding '
-      'record or a generative one'
+      'record or a generative one',
+      WRONG_FIELDS,
     )
   if embedding:
     return _parse_embedding(fields, where)
   if 'text' in fields:
-    return _parse_generative(fields['text'], where)
+    return _parse_generative(fields, where)
   found = ', '.join(f'"{name}"' for name in list(fields)[:5]) or 'no field'
   raise RecordError(
     f'{where}: found {found}, expected "query", "pos" and "neg" (embedding) '
-    'or "text" (generative)'
+    'or "text" (generative)',
+    WRONG_FIELDS,
   )
 
 
@@ -133,25 +180,31 @@ def _parse_json(line: str | bytes, where: str) -> Any:
       line = line.decode('utf-8')
     except UnicodeDecodeError as error:
       raise RecordError(
-        f'{where}: not UTF-8: {error.reason} at byte {error.start}'
+        f'{where}: not UTF-8: {error.reason} at byte {error.start}', NOT_UTF8
       ) from error
   if not line.strip():
-    raise RecordError(f'{where}: the line is empty, expected a JSON object')
+    raise RecordError(
+      f'{where}: the line is empty, expected a JSON object', NOT_JSON
+    )
   try:
     return json.loads(line)
   except json.JSONDecodeError as error:
     raise RecordError(
-      f'{where}: not valid JSON: {error.msg} at column {error.colno}'
+      f'{where}: not valid JSON: {error.msg} at column {error.colno}', NOT_JSON
     ) from error
   except RecursionError as error:
-    raise RecordError(f'{where}: the JSON is nested too deeply') from error
+    raise RecordError(
+      f'{where}: the JSON is nested too deeply', NOT_JSON
+    ) from error
+  except ValueError as error:  # An integer of thousands of digits.
+    raise RecordError(f'{where}: not valid JSON: {error}', NOT_JSON) from error
 
 
 def _parse_embedding(fields: dict[str, Any], where: str) -> EmbeddingRecord:
   for name in 'query', 'pos', 'neg':
     if name not in fields:
       hint = '; write [] for none' if name == 'neg' else ''
-      raise RecordError(f'{where}: "{name}" is missing{hint}')
+      raise RecordError(f'{where}: "{name}" is missing{hint}', WRONG_FIELDS)
   for name in 'pos', 'neg':
     if not isinstance(fields[name], list):
       raise _mismatch(where, name, fields[name], 'a list of texts')
@@ -167,7 +220,17 @@ def _parse_embedding(fields: dict[str, Any], where: str) -> EmbeddingRecord:
       _parse_text(value, f'neg[{i}]', where)
       for i, value in enumerate(fields['neg'])
     ),
+    id=_parse_id(fields, where),
   )
+
+
+def _parse_id(fields: dict[str, Any], where: str) -> str | None:
+  value = fields.get('id')
+  if value is None:
+    return None
+  if isinstance(value, bool) or not isinstance(value, str | int | float):
+    raise _mismatch(where, 'id', value, 'a string or a number')
+  return json.dumps(value)
 
 
 def _parse_text(value: Any, path: str, where: str) -> Text:
@@ -181,9 +244,11 @@ def _parse_text(value: Any, path: str, where: str) -> Text:
   )
 
 
-def _parse_generative(value: Any, where: str) -> GenerativeRecord:
+def _parse_generative(fields: dict[str, Any], where: str) -> GenerativeRecord:
+  value, identity = fields['text'], _parse_id(fields, where)
   if isinstance(value, str):
-    return GenerativeRecord((_check_string(value, 'text', where),), plain=True)
+    turns = (_check_string(value, 'text', where),)
+    return GenerativeRecord(turns, plain=True, id=identity)
   turns = 'a string or a list of turns: user, assistant, user, ...'
   if not isinstance(value, list) or not value:
     raise _mismatch(where, 'text', value, turns)
@@ -191,13 +256,15 @@ def _parse_generative(value: Any, where: str) -> GenerativeRecord:
     problem = 'no answer' if len(value) == 1 else 'the last one has no answer'
     raise RecordError(
       f'{where}: text: found {len(value)} turn(s), {problem}; expected user '
-      'and assistant in turn, an even number'
+      'and assistant in turn, an even number',
+      WRONG_FIELDS,
     )
   return GenerativeRecord(
     tuple(
       _check_string(turn, f'text[{i}]', where, blank=i % 2 == 0)
       for i, turn in enumerate(value)
-    )
+    ),
+    id=identity,
   )
 
 
@@ -211,7 +278,8 @@ def _check_string(
   if '\0' in value:
     raise RecordError(
       f'{where}: {path}: found a null character at {value.index(chr(0))}, '
-      'expected text'
+      'expected text',
+      NULL_CHARACTER,
     )
   if not value.isascii():
     try:
@@ -219,14 +287,17 @@ def _check_string(
     except UnicodeEncodeError as error:
       raise RecordError(
         f'{where}: {path}: found half a surrogate pair at {error.start}, '
-        'expected text'
+        'expected text',
+        SURROGATE,
       ) from error
   return value
 
 
 def _mismatch(where: str, path: str, found: Any, expected: str) -> RecordError:
+  empty = isinstance(found, str) and not found.strip()
   return RecordError(
-    f'{where}: {path}: found {_describe(found)}, expected {expected}'
+    f'{where}: {path}: found {_describe(found)}, expected {expected}',
+    EMPTY_TEXT if empty else WRONG_FIELDS,
   )
 
 

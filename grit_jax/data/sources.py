@@ -6,25 +6,45 @@ embedding records comes from one source.
 
 import abc
 import functools
-import gzip
 import hashlib
+import json
+import os
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from grit_jax.data import records
-from grit_jax.data.records import Record, RecordError
+from grit_jax.data import lines, records
+from grit_jax.data.prepared import PreparedSource, find_prepared
+from grit_jax.data.records import RecordError
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
 
-_SUFFIXES = ('.jsonl', '.jsonl.gz')
 _TFDS_PREFIX = 'tfds:'
 _TFDS_SPLITS = {TRAIN: 'train', HELD_OUT: 'test'}
 # Large enough to read fast, small enough to hold.
 _TFDS_BLOCK = 256
+# Of an example: what a record is made of, where it is not one feature `json`.
+_TFDS_FIELDS = ('id', 'query', 'pos', 'neg', 'text')
+
+
+class Line(NamedTuple):
+  """A record that is read but not parsed.
+
+  Attributes:
+    split: `TRAIN` or `HELD_OUT`.
+    number: Its number, for `Source.where`.
+    json: Its JSON as UTF-8.
+    position: How much of the source has been read with it, of `Source.size`.
+  """
+
+  split: str
+  number: int
+  json: bytes
+  position: int
 
 
 class Source(abc.ABC):
@@ -38,112 +58,94 @@ class Source(abc.ABC):
 
   @functools.cached_property
   def kind(self) -> str:
-    """The kind of the records, told by the first one.
+    """The kind of the records, told by the first one that can be read.
 
     Raises:
-      RecordError: There is no record, or the first one is malformed.
+      RecordError: There is none; the message names the first one's fault.
     """
-    for split in TRAIN, HELD_OUT:
-      for number, line in self.read(split, 0.0):
-        record = records.parse(line, self.where(split, number))
-        return records.kind_of(record)
-    raise RecordError(f'{self}: there are no records in it')
+    first_error = None
+    for line in self.read(0.0):
+      try:
+        where = self.where(line.split, line.number)
+        return records.kind_of(records.parse(line.json, where))
+      except RecordError as error:
+        first_error = first_error or error
+    raise first_error or RecordError(f'{self}: there are no records in it')
 
-  def parse(self, split: str, number: int, line: bytes) -> Record:
-    """Parses a record of this source.
-
-    Args:
-      split: The split it was read from.
-      number: Its number there, as `read` gave it.
-      line: The line.
-
-    Returns:
-      The record.
-
-    Raises:
-      RecordError: It is malformed, or not of the source's kind.
-    """
-    where = self.where(split, number)
-    record = records.parse(line, where)
-    kind = records.kind_of(record)
-    if kind != self.kind:
-      raise RecordError(
-        f'{where}: found a record of the {kind} kind among records of the '
-        f'{self.kind} kind, expected one kind a data set'
-      )
-    return record
+  def where(self, split: str, number: int) -> str:
+    """Names the place of a record, such as "data/a.jsonl:17"."""
+    before, after = self.place(split)
+    return f'{before}{number}{after}'
 
   @abc.abstractmethod
-  def read(
-    self, split: str, held_out_fraction: float
-  ) -> Iterator[tuple[int, bytes]]:
+  def read(self, held_out_fraction: float) -> Iterator[Line]:
     """Reads the records in order.
 
     Args:
-      split: `TRAIN` or `HELD_OUT`.
       held_out_fraction: Share of a file's lines that are held out, in [0, 1);
         a line's content decides. A TFDS data set brings its own test split.
 
     Yields:
-      The number of each record, for `where`, and its JSON as UTF-8.
+      The records. The numbers of a split rise.
     """
 
   @abc.abstractmethod
-  def where(self, split: str, number: int) -> str:
-    """Names the place of a record, such as "data/a.jsonl:17"."""
+  def place(self, split: str) -> tuple[str, str]:
+    """Returns what stands before and after a record's number in its place."""
+
+  @property
+  @abc.abstractmethod
+  def size(self) -> int:
+    """What `Line.position` reaches at the end."""
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
     """Identifies the content of the source."""
 
+  @abc.abstractmethod
+  def state(self) -> dict[str, Any]:
+    """Returns what is cheap to know and changes when the content does."""
+
 
 class FileSource(Source):
-  """The lines of a JSON-lines file, which may be compressed with gzip."""
+  """The lines of a JSON-lines file, which may be compressed."""
 
   def __init__(self, path: epath.PathLike):
     """Names the file; nothing is read yet.
 
     Args:
-      path: A `.jsonl` or `.jsonl.gz` file, local or gs://.
+      path: A `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file, local or gs://.
 
     Raises:
       RecordError: The name ends otherwise.
     """
     self._path = epath.Path(path)
-    suffix = _suffix(self._path.name)
+    suffix = lines.suffix_of(self._path.name)
     if suffix is None:
-      raise RecordError(f'{path}: expected a .jsonl or .jsonl.gz file')
+      raise RecordError(f'{path}: expected a file {_list_suffixes()}')
     self.name = self._path.name.removesuffix(suffix)
 
   def __str__(self) -> str:
     """Gives the path."""
     return str(self._path)
 
-  def read(
-    self, split: str, held_out_fraction: float
-  ) -> Iterator[tuple[int, bytes]]:
+  def read(self, held_out_fraction: float) -> Iterator[Line]:
     """See the base class; numbers are line numbers from 1."""
     threshold = held_out_fraction * 2**32
-    for number, line in enumerate(self._lines(), 1):
-      line = line.rstrip(b'\r\n')
-      if (zlib.crc32(line) < threshold) == (split == HELD_OUT):
-        yield number, line
+    read = enumerate(lines.read_lines(self._path), 1)
+    for number, (line, position) in read:
+      split = HELD_OUT if zlib.crc32(line) < threshold else TRAIN
+      yield Line(split, number, line, position)
 
-  def _lines(self) -> Iterator[bytes]:
-    with self._path.open('rb') as file:
-      if not self._path.name.endswith('.gz'):
-        yield from file
-        return
-      try:
-        with gzip.open(file) as lines:
-          yield from lines
-      except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f'{self}: not a whole gzip file: {error}') from error
-
-  def where(self, split: str, number: int) -> str:
+  def place(self, split: str) -> tuple[str, str]:
     """See the base class."""
     del split
-    return f'{self._path}:{number}'
+    return f'{self._path}:', ''
+
+  @property
+  def size(self) -> int:
+    """The file's size in bytes."""
+    return self.state()['size']
 
   def fingerprint(self) -> str:
     """The SHA-256 of the file, in hexadecimal."""
@@ -153,9 +155,27 @@ class FileSource(Source):
         digest.update(block)
     return digest.hexdigest()
 
+  def state(self) -> dict[str, Any]:
+    """The absolute path, the size, and the time of the last change."""
+    path = os.fspath(self._path)
+    if '://' in path:
+      found = self._path.stat()
+      return {'path': path, 'size': found.length, 'changed': found.mtime}
+    found = os.stat(path)
+    return {
+      'path': os.path.abspath(path),
+      'size': found.st_size,
+      'changed': found.st_mtime_ns,
+    }
+
 
 class TfdsSource(Source):
-  """A TFDS data set whose examples have one text field, `json`."""
+  """A TFDS data set whose examples are records.
+
+  An example has a text feature `json`, a line; or features of the names of a
+  record's fields: `query`, `pos` and `neg`, or `text`, each a text or a list of
+  texts or, for pairs, a list of two texts each.
+  """
 
   def __init__(self, name: str, tfds_dir: epath.PathLike | None):
     """Names the data set; it is opened, or built, at first use.
@@ -184,32 +204,42 @@ class TfdsSource(Source):
     except tfds.core.DatasetNotFoundError as error:
       raise RecordError(f'{self}: TFDS knows no such data set') from error
     builder.download_and_prepare()
-    if 'json' not in builder.info.features:
+    if not {'json', 'query', 'text'} & set(builder.info.features):
       raise RecordError(
         f'{self}: found the features {sorted(builder.info.features)}, '
-        'expected a text feature "json"'
+        'expected a text feature "json", or "query", "pos" and "neg", or "text"'
       )
     return builder
 
-  def read(
-    self, split: str, held_out_fraction: float
-  ) -> Iterator[tuple[int, bytes]]:
+  def read(self, held_out_fraction: float) -> Iterator[Line]:
     """See the base class; numbers are positions in the split from 0."""
     del held_out_fraction
-    name = _TFDS_SPLITS[split]
-    if name not in self._builder.info.splits:
-      return
-    examples = self._builder.as_data_source(name)
-    for start in range(0, len(examples), _TFDS_BLOCK):
-      block = range(start, min(start + _TFDS_BLOCK, len(examples)))
-      for number, example in zip(
-        block, examples.__getitems__(list(block)), strict=True
-      ):
-        yield number, example['json']
+    position = 0
+    for split, name in _TFDS_SPLITS.items():
+      if name not in self._builder.info.splits:
+        continue
+      examples = self._builder.as_data_source(name)
+      for start in range(0, len(examples), _TFDS_BLOCK):
+        block = range(start, min(start + _TFDS_BLOCK, len(examples)))
+        for number, example in zip(
+          block, examples.__getitems__(list(block)), strict=True
+        ):
+          position += 1
+          yield Line(split, number, _to_json(example), position)
 
-  def where(self, split: str, number: int) -> str:
+  def place(self, split: str) -> tuple[str, str]:
     """See the base class."""
-    return f'{self}:{_TFDS_SPLITS[split]}[{number}]'
+    return f'{self}:{_TFDS_SPLITS[split]}[', ']'
+
+  @property
+  def size(self) -> int:
+    """The number of examples."""
+    splits = self._builder.info.splits
+    return sum(
+      splits[name].num_examples
+      for name in _TFDS_SPLITS.values()
+      if name in splits
+    )
 
   def fingerprint(self) -> str:
     """TFDS's name, config and version, with the size of each split."""
@@ -220,26 +250,55 @@ class TfdsSource(Source):
     )
     return f'{info.full_name} {sizes}'
 
+  def state(self) -> dict[str, Any]:
+    """The fingerprint, which is cheap."""
+    return {'tfds': self.fingerprint()}
 
-def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
+
+def _to_json(example: dict[str, Any]) -> bytes:
+  """Returns an example of TFDS as the line that it stands for."""
+  if 'json' in example:
+    return example['json']
+  fields = {
+    name: _to_plain(example[name]) for name in _TFDS_FIELDS if name in example
+  }
+  return json.dumps(fields).encode()
+
+
+def _to_plain(value: Any) -> Any:
+  if isinstance(value, bytes):
+    # What is not UTF-8 comes out as what the check of records refuses.
+    return value.decode('utf-8', 'surrogateescape')
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+    return _to_plain(value) if isinstance(value, bytes | list) else value
+  if isinstance(value, list):
+    return [_to_plain(item) for item in value]
+  return value
+
+
+def sources(
+  paths: str, tfds_dir: epath.PathLike | None = None
+) -> list[Source | PreparedSource]:
   """Finds the data sets that a string names.
 
   Args:
-    paths: Entries separated by commas. Each is a `.jsonl` or `.jsonl.gz` file;
-      a folder of them, each a data set; or `tfds:NAME[/CONFIG]`, a TFDS data
-      set of JSON lines, which is built where it is missing. A TFDS data set
+    paths: Entries separated by commas. Each is a `.jsonl`, `.jsonl.gz` or
+      `.jsonl.zst` file; a folder of them, each a data set; a folder that
+      `grit_jax.data.prepare` wrote; or `tfds:NAME[/CONFIG]`, a TFDS data set
+      (see `TfdsSource`), which is built where it is missing. A TFDS data set
       with several configs, none of them named, is as many data sets.
     tfds_dir: TFDS's data folder; None for TFDS's default.
 
   Returns:
     The data sets, in the order of the entries and, in a folder, of the names.
-    The first record of each has been read.
+    A record of each that is not prepared has been read.
 
   Raises:
     FileNotFoundError: A path does not exist.
     RecordError: An entry holds no records, or two have one name.
   """
-  found: list[Source] = []
+  found: list[Source | PreparedSource] = []
   for entry in paths.split(','):
     entry = entry.strip()
     if not entry:
@@ -248,7 +307,7 @@ def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
       found += _find_tfds(entry.removeprefix(_TFDS_PREFIX), tfds_dir)
     else:
       found += _find_files(epath.Path(entry))
-  by_name: dict[str, Source] = {}
+  by_name: dict[str, Source | PreparedSource] = {}
   for source in found:
     other = by_name.setdefault(source.name, source)
     if other is not source:
@@ -261,17 +320,20 @@ def sources(paths: str, tfds_dir: epath.PathLike | None = None) -> list[Source]:
   return found
 
 
-def _find_files(path: epath.Path) -> list[Source]:
+def _find_files(path: epath.Path) -> list[Source | PreparedSource]:
   if not path.exists():
     raise FileNotFoundError(f'{path}: there is no such file or folder')
   if not path.is_dir():
     return [FileSource(path)]
+  prepared = find_prepared(path)
+  if prepared:
+    return prepared
   files = sorted(
-    (file for file in path.iterdir() if _suffix(file.name)),
+    (file for file in path.iterdir() if lines.suffix_of(file.name)),
     key=lambda file: file.name,
   )
   if not files:
-    raise RecordError(f'{path}: there is no .jsonl or .jsonl.gz file in it')
+    raise RecordError(f'{path}: there is no file {_list_suffixes()} in it')
   return [FileSource(file) for file in files]
 
 
@@ -293,5 +355,6 @@ def _find_tfds(name: str, tfds_dir: epath.PathLike | None) -> list[Source]:
   return [TfdsSource(f'{name}/{config}', tfds_dir) for config in configs]
 
 
-def _suffix(name: str) -> str | None:
-  return next((s for s in _SUFFIXES if name.endswith(s)), None)
+def _list_suffixes() -> str:
+  *most, last = lines.SUFFIXES
+  return f'{", ".join(most)} or {last}'

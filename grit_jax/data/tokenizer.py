@@ -115,7 +115,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _encode_with_ends(
-    self, batch: Sequence[Sequence[str]]
+    self, batch: Sequence[Sequence[str]], num_threads: int
   ) -> list[tuple[np.ndarray, list[int]]]:
     """Returns of each text the ids, and how many begin before each part's end.
 
@@ -123,7 +123,7 @@ class Tokenizer(abc.ABC):
     """
 
   def encode_parts_batch(
-    self, batch: Sequence[Sequence[str]]
+    self, batch: Sequence[Sequence[str]], num_threads: int = -1
   ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Encodes texts that are given in parts, and says whose each token is.
 
@@ -134,6 +134,7 @@ class Tokenizer(abc.ABC):
 
     Args:
       batch: The parts of each text; a part may be empty.
+      num_threads: As of `encode_batch`.
 
     Returns:
       For each text the ids, int32 [T], which are those of the joined string,
@@ -145,7 +146,7 @@ class Tokenizer(abc.ABC):
     """
     encoded = []
     for parts, (ids, ends) in zip(
-      batch, self._encode_with_ends(batch), strict=True
+      batch, self._encode_with_ends(batch, num_threads), strict=True
     ):
       numbers = np.arange(len(parts), dtype=np.int32)
       encoded.append((ids, np.repeat(numbers, np.diff([0, *ends]))))
@@ -285,11 +286,12 @@ class SentencePieceTokenizer(Tokenizer):
     )
 
   def _encode_with_ends(
-    self, batch: Sequence[Sequence[str]]
+    self, batch: Sequence[Sequence[str]], num_threads: int
   ) -> list[tuple[np.ndarray, list[int]]]:
     encoded = []
     texts = [''.join(parts) for parts in batch]
-    for parts, ids in zip(batch, self.encode_batch(texts), strict=True):
+    all_ids = self.encode_batch(texts, num_threads)
+    for parts, ids in zip(batch, all_ids, strict=True):
       array = np.array(ids, np.int32)
       encoded.append((array, self._find_ends(parts, array)))
     return encoded
@@ -391,11 +393,16 @@ class JsonTokenizer(Tokenizer):
     )
 
   def _encode_with_ends(
-    self, batch: Sequence[Sequence[str]]
+    self, batch: Sequence[Sequence[str]], num_threads: int
   ) -> list[tuple[np.ndarray, list[int]]]:
     encoded = []
     texts = [''.join(parts) for parts in batch]
-    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    if num_threads == 1:
+      encodings = [
+        self._tokenizer.encode(text, add_special_tokens=False) for text in texts
+      ]
+    else:
+      encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
     for parts, encoding in zip(batch, encodings, strict=True):
       # Pairs of the first character and the one after the last, in order.
       offsets = encoding.offsets

@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-from grit_jax.data import dataset, formats, records
+from grit_jax.data import dataset, formats, parts, records, tokenization
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
 from grit_jax.data.examples import NO_ANSWER
+from grit_jax.data.folders import PreparationError
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource
 from grit_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -60,6 +62,10 @@ def write_embedding(tmp_path: pathlib.Path, count: int = 20) -> FileSource:
   return write_source(tmp_path / 'a.jsonl', make_embedding_records(count))
 
 
+def parse_all(source: FileSource) -> list[records.Record]:
+  return [records.parse(line.json, '') for line in source.read(0.0)]
+
+
 def list_folders(directory: pathlib.Path) -> list[str]:
   return sorted(path.name for path in directory.iterdir() if path.is_dir())
 
@@ -99,7 +105,7 @@ def test_embedding_records_read_back_as_they_were_encoded(
   assert (data.name, data.kind, len(data)) == ('a', records.EMBEDDING, 20)
   order = [3, 19, 0, 3]
   for i, texts in zip(order, data.read(np.array(order)), strict=True):
-    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    record = parse_all(source)[i]
     assert len(texts) == len(record.texts)
     for j, (text, read) in enumerate(zip(record.texts, texts, strict=True)):
       expected = formats.encode_embedding(text, tokenizer, 32 if j else 24)
@@ -115,7 +121,7 @@ def test_conversations_read_back_as_they_were_encoded(
   data = prepare(source)
   assert isinstance(data, GenerativeDataset)
   for i, read in enumerate(data.read(range(20))):
-    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    record = parse_all(source)[i]
     expected = formats.encode_conversation(record, tokenizer, 64)
     for name in 'ids', 'in_loss', 'in_instruction':
       assert getattr(read, name).tolist() == getattr(expected, name).tolist()
@@ -153,15 +159,32 @@ def test_the_index_stays_on_disk(prepare, tmp_path):
     assert isinstance(values, np.memmap)
 
 
-def test_shards_and_batches_keep_the_order(prepare, tmp_path, monkeypatch):
-  whole = prepare(write_embedding(tmp_path), max_query_tokens=25)
-  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 3)
-  monkeypatch.setattr(dataset, '_RECORDS_A_SHARD', 7)
-  parts = prepare(write_embedding(tmp_path), max_query_tokens=26)
-  a, b = whole.read(range(20)), parts.read(range(20))
-  assert [text[1].ids.tolist() for text in a] == [
-    text[1].ids.tolist() for text in b
-  ]
+def test_parts_and_batches_keep_the_order(prepare, tmp_path, monkeypatch):
+  whole = prepare(write_embedding(tmp_path), max_query_tokens=60)
+  monkeypatch.setattr(parts, '_BATCH_RECORDS', 3)
+  monkeypatch.setattr(parts, 'PART_RECORDS', 7)
+  cut = prepare(write_embedding(tmp_path), max_query_tokens=61)
+  shards = [path.name for path in tmp_path.rglob('tokens-train*-of-00003')]
+  assert len(shards) == 3
+  a, b = whole.read(range(20)), cut.read(range(20))
+  for one, other in zip(a, b, strict=True):
+    assert [text.ids.tolist() for text in one] == [
+      text.ids.tolist() for text in other
+    ]
+  for name in 'offsets', 'lengths', 'num_positives', 'text_hashes':
+    values = getattr(cut, name)
+    assert values.dtype == getattr(whole, name).dtype
+    assert values.tolist() == getattr(whole, name).tolist()
+  assert cut.record_ids.tolist() == list(range(1, 21))
+  assert cut.report == whole.report
+
+
+def test_tfds_reads_what_is_written(prepare, tmp_path):
+  data = prepare(write_embedding(tmp_path, 100), held_out_fraction=0.3)
+  (folder,) = tmp_path.rglob('records')
+  info = tfds.builder_from_directory(folder).info
+  assert info.splits['train'].num_examples == len(data)
+  assert info.splits['held_out'].num_examples == 100 - len(data)
 
 
 def test_marks_of_a_json_tokenizer_read_back(prepare, tmp_path, llama3):
@@ -171,7 +194,7 @@ def test_marks_of_a_json_tokenizer_read_back(prepare, tmp_path, llama3):
   source = write_source(tmp_path / 'a.jsonl', lines)
   data = prepare(source, tokenizer=llama3, max_query_tokens=60)
   for i, texts in enumerate(data.read(range(20))):
-    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    record = parse_all(source)[i]
     for j, (text, read) in enumerate(zip(record.texts, texts, strict=True)):
       expected = formats.encode_embedding(text, llama3, 32 if j else 60)
       assert read.ids.tolist() == expected.ids.tolist()
@@ -179,7 +202,7 @@ def test_marks_of_a_json_tokenizer_read_back(prepare, tmp_path, llama3):
   source = write_source(tmp_path / 'b.jsonl', make_conversations(20))
   data = prepare(source, tokenizer=llama3)
   for i, read in enumerate(data.read(range(20))):
-    record = source.parse(TRAIN, *list(source.read(TRAIN, 0.0))[i])
+    record = parse_all(source)[i]
     expected = formats.encode_conversation(record, llama3, 64)
     assert read.ids.tolist() == expected.ids.tolist()
     assert read.in_loss.tolist() == expected.in_loss.tolist()
@@ -189,8 +212,8 @@ def test_the_report_counts_what_was_cut(prepare, tmp_path, tokenizer):
   source = write_embedding(tmp_path)
   data = prepare(source)
   texts = cut_texts = cut_tokens = 0
-  for number, line in source.read(TRAIN, 0.0):
-    for i, text in enumerate(source.parse(TRAIN, number, line).texts):
+  for record in parse_all(source):
+    for i, text in enumerate(record.texts):
       limit = 32 if i else 24
       cut = formats.encode_embedding(text, tokenizer, limit).cut
       texts += 1
@@ -230,7 +253,6 @@ def test_a_split_without_records_is_refused(prepare, tmp_path):
   source = write_embedding(tmp_path)
   with pytest.raises(RecordError, match='a.jsonl: no record for .*held_out'):
     prepare(source, HELD_OUT)
-  assert list_folders(tmp_path / 'prepared') == []
 
 
 def test_a_data_set_is_tokenized_once(prepare, tmp_path, count_encoded):
@@ -258,37 +280,6 @@ def test_what_changes_the_tokens_makes_a_new_data_set(
   prepare(write_embedding(tmp_path, 21), max_query_tokens=60)
   assert len(count_encoded) == 6
   assert len(list_folders(tmp_path / 'prepared')) == 6
-
-
-def test_an_interrupted_preparation_leaves_nothing(
-  prepare, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 3)
-  source = write_embedding(tmp_path)
-  encode_batch = SentencePieceTokenizer.encode_batch
-
-  def interrupt(self, texts, num_threads=-1):
-    if any('query 9' in text for text in texts):
-      raise KeyboardInterrupt
-    return encode_batch(self, texts, num_threads)
-
-  with monkeypatch.context() as context:
-    context.setattr(SentencePieceTokenizer, 'encode_batch', interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      prepare(source)
-  assert list_folders(tmp_path / 'prepared') == []
-  assert len(prepare(source)) == 20
-
-
-def test_what_a_killed_process_left_is_removed(prepare, tmp_path):
-  # It looks whole, but for its name.
-  prepare(write_embedding(tmp_path, 3))
-  folder = tmp_path / 'prepared'
-  (name,) = list_folders(folder)
-  (folder / name).rename(folder / 'a-train.incomplete')
-  data = prepare(write_embedding(tmp_path, 4))
-  assert len(data) == 4
-  assert len(list_folders(folder)) == 1
 
 
 def test_two_that_prepare_at_once_do_the_work_once(
@@ -334,7 +325,7 @@ def test_a_bad_record_stops_with_its_line(prepare, tmp_path, name):
   path.write_text(path.read_text() + line + '\n')
   with pytest.raises(RecordError, match=f'^{path}:6: {message}'):
     prepare(FileSource(path), min_negatives=1)
-  assert list_folders(tmp_path / 'prepared') == []
+  assert not list((tmp_path / 'prepared').glob('*/dataset.json'))
 
 
 def test_too_few_negatives_show_in_a_data_set_that_was_made_for_fewer(
@@ -349,24 +340,28 @@ def test_too_few_negatives_show_in_a_data_set_that_was_made_for_fewer(
 
 def test_a_remote_directory_is_refused(tmp_path, tokenizer):
   source = write_embedding(tmp_path)
-  with pytest.raises(ValueError, match='gs://bucket: .* mounted disk'):
+  with pytest.raises(PreparationError, match='gs://bucket: .* mounted disk'):
     dataset.prepare(source, TRAIN, tokenizer, 'gs://bucket', **LIMITS)
 
 
 def test_memory_does_not_grow_with_the_records(prepare, tmp_path, monkeypatch):
-  monkeypatch.setattr(dataset, '_BATCH_RECORDS', 16)
-  line = {'text': ['user', 'a long answer ' * 300]}
+  # With more, as much as one whole part is read ahead.
+  monkeypatch.setattr(tokenization, 'count_cores', lambda: 1)
+  monkeypatch.setattr(parts, '_BATCH_RECORDS', 16)
+  monkeypatch.setattr(parts, 'PART_RECORDS', 32)
+  line = {'text': ['user', 'an answer ' * 20], 'other': 'x' * 4000}
   peaks = []
-  # The first one pays for what is imported and cached.
-  for name, count in ('first', 16), ('few', 32), ('many', 192):
+  # The first one pays for what is imported and cached. All are larger than the
+  # blocks that files are read in.
+  for name, count in ('first', 280), ('few', 280), ('many', 600):
     source = write_source(tmp_path / f'{name}.jsonl', [line] * count)
     tracemalloc.start()
-    prepare(source, max_generative_tokens=4_000)
+    prepare(source)
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
-  # The lines alone are 0.7 MB more, their tokens several times that. The index
-  # grows by 24 bytes a record.
-  assert peaks[2] - peaks[1] < 100_000
+  # The lines alone are 1.3 MB more, their tokens as much again. What each part
+  # leaves to be merged is a few kilobytes.
+  assert peaks[2] - peaks[1] < 200_000
 
 
 def test_neither_tensorflow_nor_torch_nor_jax_is_imported(

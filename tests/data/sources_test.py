@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import zstandard
 
 from grit_jax.data import records, sources
-from grit_jax.data.records import RecordError
+from grit_jax.data.records import RecordError, Text
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource, TfdsSource
 
 
@@ -22,7 +25,7 @@ def write_lines(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
 def read_numbers(
   source: sources.Source, split: str, fraction: float
 ) -> list[int]:
-  return [number for number, _ in source.read(split, fraction)]
+  return [line.number for line in source.read(fraction) if line.split == split]
 
 
 class TinyRecords(tfds.core.GeneratorBasedBuilder):
@@ -62,12 +65,51 @@ class OtherField(TinyRecords):
   FIELD = 'sentence'
 
 
+class RecordFields(tfds.core.GeneratorBasedBuilder):
+  """A data set whose features are the fields of a record."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    features = {
+      'id': np.int64,
+      'query': tfds.features.Sequence(text, length=2),
+      'pos': tfds.features.Tensor(shape=(None, 2), dtype=np.str_),
+      'neg': tfds.features.Sequence(text),
+      'origin': text,
+    }
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    del dl_manager
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self) -> Iterator[tuple[int, dict[str, object]]]:
+    for i in range(3):
+      yield (
+        i,
+        {
+          'id': i,
+          'query': ['find é', 'the 🙂'],
+          'pos': [['', 'p'], ['', 'r']],
+          'neg': ['n'] * i,
+          'origin': 'o',
+        },
+      )
+
+
 def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
   for name in 'b.jsonl', 'a.jsonl', 'c.txt':
     write_lines(tmp_path / name, ['t'])
   (tmp_path / 'd.jsonl.gz').write_bytes(gzip.compress(b'{"text": "t"}'))
+  (tmp_path / 'e.jsonl.zst').write_bytes(zstandard.compress(b'{"text": "t"}'))
   found = sources.sources(str(tmp_path))
-  assert [source.name for source in found] == ['a', 'b', 'd']
+  assert [source.name for source in found] == ['a', 'b', 'd', 'e']
 
 
 def test_entries_may_be_files_and_folders(tmp_path):
@@ -83,10 +125,10 @@ def test_a_compressed_file_reads_like_a_plain_one(tmp_path):
   plain = FileSource(write_lines(tmp_path / 'a.jsonl', ['x', 'y', 'é']))
   path = tmp_path / 'b.jsonl.gz'
   path.write_bytes(gzip.compress((tmp_path / 'a.jsonl').read_bytes()))
-  for split in TRAIN, HELD_OUT:
-    assert list(FileSource(path).read(split, 0.5)) == list(
-      plain.read(split, 0.5)
-    )
+  # The position, which is one in the file, alone differs.
+  assert [line[:3] for line in FileSource(path).read(0.5)] == [
+    line[:3] for line in plain.read(0.5)
+  ]
 
 
 def test_the_first_record_tells_the_kind(tmp_path):
@@ -94,16 +136,12 @@ def test_the_first_record_tells_the_kind(tmp_path):
   assert source.kind == records.GENERATIVE
 
 
-def test_another_kind_in_the_file_is_refused_with_its_line(tmp_path):
-  path = write_lines(tmp_path / 'a.jsonl', ['t'])
-  record = {'query': 'q', 'pos': ['p'], 'neg': []}
-  with path.open('a') as file:
-    file.write(json.dumps(record))
-  source = FileSource(path)
-  lines = list(source.read(TRAIN, 0.0))
-  source.parse(TRAIN, *lines[0])
-  with pytest.raises(RecordError, match='a.jsonl:2: found a record of the emb'):
-    source.parse(TRAIN, *lines[1])
+def test_the_kind_is_that_of_the_first_record_that_can_be_read(tmp_path):
+  path = write_lines(tmp_path / 'a.jsonl', ['', '', 't'])
+  assert FileSource(path).kind == records.GENERATIVE
+  path = write_lines(tmp_path / 'b.jsonl', ['', ''])
+  with pytest.raises(RecordError, match='b.jsonl:1: text: found an empty'):
+    _ = FileSource(path).kind
 
 
 def test_splits_part_the_lines_and_keep_their_numbers(tmp_path):
@@ -116,9 +154,15 @@ def test_splits_part_the_lines_and_keep_their_numbers(tmp_path):
   # 200 expected; seven standard deviations of a fair draw are 94.
   assert 106 < len(held_out) < 294
   assert read_numbers(source, HELD_OUT, 0.0) == []
-  number, line = list(source.read(HELD_OUT, 0.1))[3]
-  assert json.loads(line) == {'text': f'text {number - 1}'}
-  assert source.where(HELD_OUT, number) == f'{tmp_path}/a.jsonl:{number}'
+  line = list(source.read(0.1))[3]
+  assert json.loads(line.json) == {'text': f'text {line.number - 1}'}
+  assert source.where(HELD_OUT, 4) == f'{tmp_path}/a.jsonl:4'
+
+
+def test_positions_reach_the_size(tmp_path):
+  source = FileSource(write_lines(tmp_path / 'a.jsonl', ['x', 'yy']))
+  positions = [line.position for line in source.read(0.0)]
+  assert positions == [14, 29] and source.size == 29
 
 
 def test_a_line_stays_in_its_split_when_others_come_and_go(tmp_path):
@@ -126,7 +170,8 @@ def test_a_line_stays_in_its_split_when_others_come_and_go(tmp_path):
   held_out = []
   for name, part in ('a', texts), ('b', texts[50:] + ['new'] + texts[:50]):
     source = FileSource(write_lines(tmp_path / f'{name}.jsonl', part))
-    lines = {line for _, line in source.read(HELD_OUT, 0.3)}
+    read = source.read(0.3)
+    lines = {line.json for line in read if line.split == HELD_OUT}
     held_out.append(lines - {b'{"text": "new"}'})
   assert held_out[0] == held_out[1]
 
@@ -137,10 +182,17 @@ def test_line_ends_do_not_matter_to_the_split(tmp_path):
   path.write_bytes(
     (tmp_path / 'a.jsonl').read_bytes().replace(b'\n', b'\r\n').rstrip()
   )
-  for split in TRAIN, HELD_OUT:
-    assert list(FileSource(path).read(split, 0.5)) == list(
-      unix.read(split, 0.5)
-    )
+  assert [line[:3] for line in FileSource(path).read(0.5)] == [
+    line[:3] for line in unix.read(0.5)
+  ]
+
+
+def test_a_file_that_changes_has_another_state(tmp_path):
+  source = FileSource(write_lines(tmp_path / 'a.jsonl', ['x']))
+  before = source.state()
+  assert before == source.state()
+  os.utime(tmp_path / 'a.jsonl', (1, 1))
+  assert before != source.state()
 
 
 def test_fingerprints_tell_contents_apart(tmp_path):
@@ -178,14 +230,14 @@ def test_a_malformed_first_line_is_named(tmp_path):
 
 
 def test_a_folder_without_files_is_named(tmp_path):
-  with pytest.raises(RecordError, match=f'{tmp_path}: there is no .jsonl'):
+  with pytest.raises(RecordError, match=f'{tmp_path}: there is no file .js'):
     sources.sources(str(tmp_path))
 
 
 def test_another_file_type_is_refused(tmp_path):
   path = tmp_path / 'a.parquet'
   path.write_text('')
-  with pytest.raises(RecordError, match='expected a .jsonl or .jsonl.gz'):
+  with pytest.raises(RecordError, match='expected a file .jsonl, .jsonl.gz or'):
     sources.sources(str(path))
 
 
@@ -195,21 +247,14 @@ def test_an_empty_entry_is_refused(paths: str):
     sources.sources(paths)
 
 
-def test_a_broken_gzip_file_is_named(tmp_path):
-  whole = gzip.compress(b'{"text": "t"}\n' * 1000)
-  for name, data in ('a', b'plain'), ('b', whole[:-10]):
-    path = tmp_path / f'{name}.jsonl.gz'
-    path.write_bytes(data)
-    with pytest.raises(RecordError, match=f'{path}: not a whole gzip file'):
-      list(FileSource(path).read(TRAIN, 0.0))
-
-
 def test_a_tfds_data_set_gives_its_splits_in_order(tmp_path):
   (source,) = sources.sources('tfds:tiny_records/chat', tmp_path)
   assert (source.name, source.kind) == ('tiny_records_chat', 'generative')
-  train = list(source.read(TRAIN, 0.9))
-  assert [json.loads(line)['text'] for _, line in train] == ['0', '1', '2']
-  assert read_numbers(source, HELD_OUT, 0.0) == [0]
+  read = [(*line[:2], json.loads(line.json)) for line in source.read(0.9)]
+  assert read == [
+    *((TRAIN, i, {'text': f'{i}'}) for i in range(3)),
+    (HELD_OUT, 0, {'text': '3'}),
+  ]
   assert source.where(HELD_OUT, 0) == 'tfds:tiny_records/chat:test[0]'
   assert 'tiny_records/chat/1.2.0' in source.fingerprint()
 
@@ -225,6 +270,21 @@ def test_a_tfds_data_set_without_a_config_gives_all_of_them(tmp_path):
 def test_a_tfds_data_set_without_the_field_is_refused(tmp_path):
   with pytest.raises(RecordError, match='sentence.* expected .*json'):
     sources.sources('tfds:other_field', tmp_path)
+
+
+def test_features_of_a_tfds_data_set_may_be_the_fields(tmp_path):
+  (source,) = sources.sources('tfds:record_fields', tmp_path)
+  assert source.kind == records.EMBEDDING
+  read = [records.parse(line.json, '') for line in source.read(0.0)]
+  assert read == [
+    records.EmbeddingRecord(
+      query=Text('find é', 'the 🙂'),
+      positives=(Text('', 'p'), Text('', 'r')),
+      negatives=(Text(None, 'n'),) * i,
+      id=f'{i}',
+    )
+    for i in range(3)
+  ]
 
 
 def test_an_unknown_tfds_data_set_is_named(tmp_path):

@@ -1,0 +1,102 @@
+"""Lines of text files, plain or compressed, and how far they are read."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import zstandard
+from etils import epath
+
+from grit_jax.data.records import RecordError
+
+SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst')
+
+_UTF8_MARK = b'\xef\xbb\xbf'
+_UTF16_MARKS = (b'\xff\xfe', b'\xfe\xff')
+# A compressed block may hold a thousand times as much text.
+_ZSTD_BLOCK = 1 << 16
+# As much as `zstd --long=31` asks for.
+_ZSTD_WINDOW = 1 << 31
+
+
+def suffix_of(name: str) -> str | None:
+  """Returns which of `SUFFIXES` a file's name has; None if it has none."""
+  return next((s for s in SUFFIXES if name.endswith(s)), None)
+
+
+def read_lines(path: epath.Path) -> Iterator[tuple[bytes, int]]:
+  """Reads the lines of a UTF-8 file, compressed as its name says.
+
+  A line ends in a newline alone: other characters that end lines on paper may
+  stand inside a text. A byte order mark at the start of the file is left out.
+
+  Args:
+    path: The file, local or gs://.
+
+  Yields:
+    A line without its end, and how many bytes of the file have been read.
+
+  Raises:
+    RecordError: The file is not whole, or not UTF-8 as a whole.
+  """
+  with path.open('rb') as file:
+    try:
+      for number, line in enumerate(_decompress(file, path.name)):
+        if not number:
+          line = _check_encoding(line, path)
+        yield line.rstrip(b'\r\n'), file.tell()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+      raise RecordError(f'{path}: not a whole gzip file: {error}') from error
+    except zstandard.ZstdError as error:
+      raise RecordError(f'{path}: not a whole zstd file: {error}') from error
+
+
+def _decompress(file: BinaryIO, name: str) -> BinaryIO:
+  if name.endswith('.gz'):
+    return gzip.open(file)
+  if name.endswith('.zst'):
+    return io.BufferedReader(_ZstdFile(file), 1 << 20)
+  return file
+
+
+def _check_encoding(line: bytes, path: epath.Path) -> bytes:
+  if line.startswith(_UTF16_MARKS) or b'\0' in line[:4]:
+    raise RecordError(
+      f'{path}: the file is UTF-16 or UTF-32, expected UTF-8; convert it, as '
+      'with `iconv -f UTF-16 -t UTF-8`'
+    )
+  return line.removeprefix(_UTF8_MARK)
+
+
+class _ZstdFile(io.RawIOBase):
+  """A zstd file's text; unlike the package's own, it raises at a torn end."""
+
+  def __init__(self, file: BinaryIO):
+    self._file = file
+    self._decompressor = zstandard.ZstdDecompressor(
+      max_window_size=_ZSTD_WINDOW
+    )
+    self._frame = None
+    self._block = self._text = b''
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    while not self._text:
+      if not self._block:
+        self._block = self._file.read(_ZSTD_BLOCK)
+        if not self._block:
+          if self._frame is not None and not self._frame.eof:
+            raise zstandard.ZstdError('it ends in the middle of a frame')
+          return 0
+      if self._frame is None or self._frame.eof:
+        self._frame = self._decompressor.decompressobj()
+      self._text = memoryview(self._frame.decompress(self._block))
+      self._block = self._frame.unused_data
+    count = min(len(buffer), len(self._text))
+    buffer[:count] = self._text[:count]
+    self._text = self._text[count:]
+    return count

@@ -1,0 +1,133 @@
+"""Folders that `grit_jax.data.prepare` wrote.
+
+Such a folder holds tokenized data sets, `prepared.json`, which names them and
+what they were prepared with, and the tokenizer. It needs nothing else: not the
+files that it was made of, nor a place.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from etils import epath
+
+from grit_jax.data.examples import FORMAT_VERSION
+from grit_jax.data.folders import writing
+from grit_jax.data.records import RecordError
+from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+MANIFEST = 'prepared.json'
+_TOKENIZER = 'tokenizer'
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+  """A data set in such a folder.
+
+  Attributes:
+    name: Of the source that it was made of.
+    kind: Of its records.
+    folder: Its folder.
+    directory: The folder that it is in.
+    tokenizer: The fingerprint of its tokenizer.
+    settings: What it was prepared with: fields of
+      `grit_jax.data.parts.Settings`.
+  """
+
+  name: str
+  kind: str
+  folder: pathlib.Path
+  directory: pathlib.Path
+  tokenizer: str
+  settings: dict[str, Any]
+
+  def __str__(self) -> str:
+    """Gives the folder."""
+    return str(self.folder)
+
+  def load_tokenizer(self) -> Tokenizer:
+    """Returns the tokenizer that it was prepared with."""
+    return load_tokenizer(self.directory / _TOKENIZER)
+
+
+def find_prepared(directory: epath.Path) -> list[PreparedSource]:
+  """Finds the data sets of a folder.
+
+  Args:
+    directory: A folder.
+
+  Returns:
+    Its data sets, in the order they were named in; empty if it has no
+    `prepared.json`.
+
+  Raises:
+    RecordError: It is of another version, or not on a disk.
+  """
+  path = directory / MANIFEST
+  if not path.exists():
+    return []
+  if '://' in os.fspath(directory):
+    raise RecordError(
+      f'{directory}: prepared data is read from a local or mounted disk; copy '
+      'it there'
+    )
+  content = json.loads(path.read_text())
+  if content['format'] != FORMAT_VERSION:
+    raise RecordError(
+      f'{path}: found format {content["format"]}, expected {FORMAT_VERSION}; '
+      'prepare the data again'
+    )
+  return [
+    PreparedSource(
+      data_set['name'],
+      data_set['kind'],
+      pathlib.Path(directory) / data_set['folder'],
+      pathlib.Path(directory),
+      content['tokenizer'],
+      content['settings'],
+    )
+    for data_set in content['data_sets']
+  ]
+
+
+def write_prepared(
+  directory: pathlib.Path,
+  folders: list[pathlib.Path],
+  tokenizer: Tokenizer,
+  settings: dict[str, Any],
+) -> None:
+  """Makes a folder with tokenized data sets what `find_prepared` reads.
+
+  Args:
+    directory: The folder.
+    folders: The data sets' folders in it.
+    tokenizer: Their tokenizer.
+    settings: See `PreparedSource`.
+  """
+  data_sets = []
+  for folder in folders:
+    content = json.loads((folder / 'dataset.json').read_text())
+    data_sets.append(
+      {
+        'name': content['name'],
+        'kind': content['kind'],
+        'folder': folder.name,
+      }
+    )
+  content = {
+    'format': FORMAT_VERSION,
+    'tokenizer': tokenizer.fingerprint,
+    'settings': settings,
+    'data_sets': data_sets,
+  }
+  with writing(directory):
+    # What was prepared before may have another tokenizer.
+    (directory / MANIFEST).unlink(missing_ok=True)
+    (directory / _TOKENIZER).mkdir(exist_ok=True)
+    for name, data in tokenizer.files.items():
+      (directory / _TOKENIZER / name).write_bytes(data)
+    partial = directory / f'{MANIFEST}.partial'
+    partial.write_text(json.dumps(content, indent=2) + '\n')
+    partial.rename(directory / MANIFEST)
