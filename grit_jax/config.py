@@ -298,7 +298,8 @@ class DataConfig:
   # of `tokenizer_pieces` that is trained on the data and kept in the workdir.
   tokenizer: str = ''
   tokenizer_pieces: int = 8192
-  # Where tokenized data sets are kept; empty: `data` in the workdir.
+  # Where tokenized data sets are kept, on a disk; empty: `data` in the workdir,
+  # which is then not on gs://.
   cache_dir: str = ''
   embedding_batch: int = 2048  # pairs a step
   generative_batch: int = 256  # conversations a step
