@@ -134,7 +134,8 @@ def gradient_on(data, config: Config, shape: tuple[int, ...]):
     config,
     [data['embedding']] if mode.has_embedding else [],
     [data['generative']] if mode.has_generative else [],
-    RowShards.whole(8),  # the same rows on every mesh
+    # The same rows on every mesh; chunks are of fewer.
+    RowShards.whole(4 if config.memory.chunk_rows else 8),
   )
   host = pipeline.build(0)
   function = (
