@@ -341,7 +341,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices an axis; one axis may be -1, which takes all that are left."""
+  """Devices an axis; one axis may be -1, which takes all that are left.
+
+  On several TPU slices these are the devices of one, and each has a copy.
+  """
 
   data: int = 1  # copies of the weights, outermost
   fsdp: int = -1  # weights and optimizer state are split over it

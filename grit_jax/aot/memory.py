@@ -1,0 +1,151 @@
+"""What a chip's memory holds at the moment when most of it is used."""
+
+import dataclasses
+import pathlib
+import re
+
+from grit_jax.aot import hlo
+
+_SPACE = re.compile(
+  r'Memory Space: (\w+) .*?\nTotal bytes: (\d+)', re.MULTILINE
+)
+# `allocation 3: size 8192000, ..., parameter 12, ...`, and below it its values,
+# `value: <5110 fusion.263{1} @0> (size=734,offset=109): f32[...]...`, of which
+# those of colour 0 are in HBM.
+_ALLOCATION = re.compile(r'^allocation (\d+): (.*)$')
+_VALUE = re.compile(
+  r'^ value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @0> '
+  r'\(size=(\d+),offset=(\d+)\)'
+)
+_RANGE = re.compile(r'^    (\S+?)\{([\d,]*)\}:(\d+)-(\d+)$', re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+  """An array in memory, from the place of one instruction to another's."""
+
+  name: str
+  index: str
+  size: int
+  where: tuple[int, int]  # allocation and offset
+  start: int
+  end: int
+
+
+def read_totals(report: str) -> dict[str, int]:
+  """Returns the bytes of each memory space in a memory-usage report."""
+  totals = {}
+  for space, size in _SPACE.findall(report):
+    totals[space] = totals.get(space, 0) + int(size)
+  return totals
+
+
+def read_peak(
+  assignment: str, live_ranges: str, module: hlo.Module, program: dict
+) -> list[dict]:
+  """Lists what is in HBM when most of it is used, the largest first.
+
+  Args:
+    assignment: the compiler's dump of which array is where.
+    live_ranges: its dump of when.
+    module: the scheduled program.
+    program: what `worker` wrote of it.
+
+  Returns:
+    A dict a buffer: `name`, `array`, `gib`, `holds`, `path`.
+  """
+  instructions = {
+    instruction.name: instruction
+    for computation in module.computations.values()
+    for instruction in computation
+  }
+  buffers = []
+  for value in _peak(_values(assignment, live_ranges)):
+    instruction = instructions.get(value.name)
+    place = int(value.index.split(',')[0] or 0)
+    array = None
+    if instruction and place < len(instruction.result):
+      array = instruction.result[place]
+    path = instruction.path if instruction else ''
+    buffers.append(
+      {
+        'name': value.name,
+        'array': str(array) if array else '',
+        'gib': value.size / 2**30,
+        'holds': _holds(array, path, program),
+        'path': path,
+      }
+    )
+  return sorted(buffers, key=lambda buffer: -buffer['gib'])
+
+
+def _values(assignment: str, live_ranges: str) -> list[_Value]:
+  ranges = {
+    (name, index): (int(start), int(end))
+    for name, index, start, end in _RANGE.findall(live_ranges)
+  }
+  last = max(end for _, end in ranges.values())
+  values, number, argument = [], 0, False
+  for line in assignment.splitlines():
+    if found := _ALLOCATION.match(line):
+      number, argument = int(found[1]), ', parameter ' in found[2]
+    elif found := _VALUE.match(line):
+      index = (found[2] or '{}')[1:-1]
+      # Arguments are there all the time, as is what replaces them.
+      start, end = ranges.get((found[1], index), (0, 0))
+      if argument:
+        start, end = 0, last
+      where = (number, int(found[4]))
+      values.append(_Value(found[1], index, int(found[3]), where, start, end))
+  return values
+
+
+def _peak(values: list[_Value]) -> list[_Value]:
+  """Returns the values that are live at the fullest moment, one a place."""
+  best, most = [], 0
+  live: dict[tuple, _Value] = {}
+  by_start = sorted(values, key=lambda value: value.start)
+  moments = sorted({value.start for value in values})
+  place = 0
+  for moment in moments:
+    live = {w: v for w, v in live.items() if v.end >= moment}
+    while place < len(by_start) and by_start[place].start == moment:
+      value = by_start[place]
+      held = live.get(value.where)
+      # Of what shares a place, the first is what wrote it.
+      if held is None or value.size > held.size:
+        live[value.where] = value
+      elif value.end > held.end:
+        live[value.where] = dataclasses.replace(held, end=value.end)
+      place += 1
+    total = sum(value.size for value in live.values())
+    if total > most:
+      best, most = list(live.values()), total
+  return best
+
+
+def _holds(array: hlo.Array | None, path: str, program: dict) -> str:
+  """Says what a buffer is, by where it comes from and by its shape."""
+  if path.startswith('state.'):
+    return 'state'
+  if path.startswith('batch.') or array is None:
+    return 'other'
+  shape = _bare(array.shape)
+  if shape == _bare(program['layer_inputs']):
+    return 'layer inputs'
+  if shape in [_bare(stored) for stored in program['stored']]:
+    return 'gradients' if array.dtype == 'f32' else 'stored weights, cast'
+  if shape in [_bare(whole) for whole in program['gathered']]:
+    return 'gathered weights and their gradients'
+  if program['vocabulary'] in shape:
+    return 'logits'
+  return 'activations of a layer' if 'layers' in path else 'other'
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+  return tuple(n for n in shape if n != 1)
+
+
+def find_dump(folder: pathlib.Path, suffix: str) -> pathlib.Path | None:
+  """Returns the dumped file whose name ends so, if it is there."""
+  return next(iter(sorted(folder.glob(f'*{suffix}'))), None)
