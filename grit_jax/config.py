@@ -371,7 +371,7 @@ class MemoryConfig:
   """What trades time for memory; the loss and its gradient stay the same."""
 
   # What a layer keeps for its gradient. none: everything. full: its input.
-  # offload: its input, in the host's memory.
+  # offload: the inputs of its two parts, in the host's memory.
   remat: str = 'full'
   # Rows a chunk for gradient caching (Gao et al. 2021, arXiv 2101.06983); 0:
   # the whole batch in one pass.
@@ -444,6 +444,10 @@ class Config:
   # `data.tokenizer` empty, the tokenizer are taken from: a Hugging Face folder,
   # a checkpoint, or a run's workdir. Empty: weights are drawn at random.
   init_from: str = ''
+  # What computes attention; the loss and its gradient stay the same. splash: a
+  # flash kernel for TPUs. xla: plain operations, whose scores take memory for
+  # each pair of positions. auto: splash on TPUs, xla elsewhere.
+  attention_kernel: str = 'auto'
   seed: int = 0
   steps: int = 1253
   log_every: int = 10
@@ -454,6 +458,9 @@ class Config:
       value = getattr(self, field.name)
       if dataclasses.is_dataclass(value):
         value.validate()
+    _check_choice(
+      'attention_kernel', self.attention_kernel, ('auto', 'splash', 'xla')
+    )
     _check(self.steps > 0, f'steps={self.steps} must be greater than 0.')
     _check(
       self.log_every > 0, f'log_every={self.log_every} must be greater than 0.'

@@ -136,7 +136,9 @@ def one_pass_loss(
     streams.append(batch.generative.rows)
     kinds.append(generative_kind(config.model.attention))
     names.append('gen')
-  hidden, statistics = model.run(streams, kinds, config.memory.remat)
+  hidden, statistics = model.run(
+    streams, kinds, config.memory.remat, config.attention_kernel
+  )
   loss, metrics = router_loss(statistics, names, config)
   if batch.embedding is not None:
     pooled = pool_texts(
@@ -215,7 +217,9 @@ def _cached_representation_gradient(
     chunk = dataclasses.replace(
       batch, rows=_chunk(batch.rows, index), pooled=_chunk(batch.pooled, index)
     )
-    [hidden], statistics = model.run([chunk.rows], [kind], config.memory.remat)
+    [hidden], statistics = model.run(
+      [chunk.rows], [kind], config.memory.remat, config.attention_kernel
+    )
     return pool_texts(model, hidden, chunk, max_segments), statistics
 
   def keep(index: jax.Array, carry: tuple) -> tuple:
@@ -286,11 +290,15 @@ def _cached_generative_gradient(
 
   def loss_of(model: Decoder, index: jax.Array) -> tuple:
     chunk = take(index)
-    [hidden], statistics = model.run([chunk.rows], [kind], config.memory.remat)
+    [hidden], statistics = model.run(
+      [chunk.rows], [kind], config.memory.remat, config.attention_kernel
+    )
     return losses.next_token_loss(model, hidden, chunk) * scale, statistics
 
   def count(index: jax.Array, total: RouterStatistics) -> RouterStatistics:
-    _, statistics = model.run([take(index).rows], [kind], config.memory.remat)
+    _, statistics = model.run(
+      [take(index).rows], [kind], config.memory.remat, config.attention_kernel
+    )
     return jax.tree.map(jnp.add, total, statistics)
 
   # The gradient of a router's loss needs the statistics of all chunks, which

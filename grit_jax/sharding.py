@@ -79,7 +79,7 @@ def make_mesh(
   if devices[0].platform == 'tpu':
     # The attribute is there where there are several.
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
-  data, fsdp, expert, tensor = _sizes(config, len(devices) // slices)
+  data, fsdp, expert, tensor = _sizes(config, len(devices) // slices, slices)
   pair = 2 if fsdp % 4 == 0 else 1
   shape = (data, pair, fsdp // pair, expert, tensor)
   # The halves of a torus's axis are neighbours; only v5e's are split unasked.
@@ -94,23 +94,24 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _sizes(config: MeshConfig, devices: int) -> list[int]:
+def _sizes(config: MeshConfig, devices: int, slices: int) -> list[int]:
   """Returns the devices of one slice an axis, as `make_mesh`."""
   axes = ('data', 'fsdp', 'expert', 'tensor')
   sizes = [getattr(config, axis) for axis in axes]
   fixed = math.prod(size for size in sizes if size > 0)
   named = ', '.join(f'mesh.{a}={n}' for a, n in zip(axes, sizes, strict=True))
+  there = f'{devices} devices' + (' in each slice' if slices > 1 else '')
   if -1 in sizes:
     if devices % fixed:
       fits = [n for n in range(1, devices + 1) if devices % n == 0]
       raise MeshError(
-        f'{named}: {devices} devices do not divide by {fixed}, so the axis of '
-        f'-1 has no size. The product of the others must be one of {fits}.'
+        f'{named}: {there} do not divide by {fixed}, so the axis of -1 has no '
+        f'size. The product of the others must be one of {fits}.'
       )
     sizes[sizes.index(-1)] = devices // fixed
   elif fixed != devices:
     raise MeshError(
-      f'{named} is a mesh of {fixed} devices, but there are {devices}. Set one '
+      f'{named} is a mesh of {fixed} devices, but there are {there}. Set one '
       'axis to -1 to let it take the rest.'
     )
   return sizes

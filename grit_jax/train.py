@@ -47,6 +47,7 @@ from grit_jax.initial import (
 )
 from grit_jax.loop import Loop, NonFiniteLossError, StopOnSignal
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
+from grit_jax.models.attention import choose_kernel
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.sharding import MeshError
@@ -57,7 +58,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
-_CHANGEABLE = ('mesh', 'memory', 'checkpoint', 'evaluation', 'log_every')
+_CHANGEABLE = (
+  'mesh', 'memory', 'attention_kernel', 'checkpoint', 'evaluation', 'log_every'
+)  # fmt: skip
 # But for this one, which decides what is trained on.
 _FIXED = 'evaluation.held_out_fraction'
 
@@ -114,6 +117,9 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   if initial is not None:
     config = take_architecture(config, initial)
   sharding.validate(config, mesh)
+  platform = mesh.devices.flat[0].platform
+  kernel = choose_kernel(config.attention_kernel, platform)
+  logging.info('Attention runs on the kernel %r on %s.', kernel, platform)
   workdir.mkdir(parents=True, exist_ok=True)
   found = sources(config.data.paths, workdir / 'tfds')
   check_kinds(config, found)

@@ -81,8 +81,8 @@ def compile_step(request: Request) -> dict[str, Any]:
     read = _read(request, folder / 'dump', program)
   figures = {
     'fits': True,
-    'hbm_gib_per_chip': read['totals'].get('default', 0) / 2**30,
-    'host_gib_per_chip': read['totals'].get('host', 0) / 2**30,
+    'hbm_gib_per_chip': read['totals'][memory.HBM] / 2**30,
+    'host_gib_per_chip': read['totals'][memory.HOST] / 2**30,
   }
   figures |= {k: v for k, v in outcome.items() if v is not None}
   return {
@@ -156,7 +156,7 @@ def _is_scheduled(dump: pathlib.Path, limit_gib: float) -> bool:
     return False
   report = memory.find_dump(dump, 'after_optimizations-memory-usage-report.txt')
   totals = memory.read_totals(report.read_text())
-  return totals['default'] <= limit_gib * 2**30
+  return totals[memory.HBM] <= limit_gib * 2**30
 
 
 def _read(
@@ -183,7 +183,7 @@ def _read(
   held = defaultdict(float)
   for buffer in buffers:
     held[buffer['holds']] += buffer['gib']
-  rest = totals['default'] / 2**30 - sum(held.values())
+  rest = totals[memory.HBM] / 2**30 - sum(held.values())
   held['gaps between buffers'] = max(rest, 0.0)
   chips = math.prod(program['mesh'].values())
   moved = collectives.find_collectives(
@@ -197,7 +197,7 @@ def _read(
   return {
     'totals': totals,
     'held': dict(sorted(held.items(), key=lambda item: -item[1])),
-    'buffers': buffers[:20],
+    'buffers': buffers[:60],
     'collectives': [dataclasses.asdict(each) for each in moved],
     'kernels': dict(sorted(kernels.items())),
   }

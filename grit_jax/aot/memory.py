@@ -7,8 +7,10 @@ import re
 from grit_jax.aot import hlo
 
 _SPACE = re.compile(
-  r'Memory Space: (\w+) .*?\nTotal bytes: (\d+)', re.MULTILINE
+  r'Memory Space: .*\(color=(\d+)\)\nTotal bytes: (\d+)', re.MULTILINE
 )
+# The memory spaces of the compiler, by its number for them.
+HBM, HOST = 0, 5
 # `allocation 3: size 8192000, ..., parameter 12, ...`, and below it its values,
 # `value: <5110 fusion.263{1} @0> (size=734,offset=109): f32[...]...`, of which
 # those of colour 0 are in HBM.
@@ -32,11 +34,11 @@ class _Value:
   end: int
 
 
-def read_totals(report: str) -> dict[str, int]:
+def read_totals(report: str) -> dict[int, int]:
   """Returns the bytes of each memory space in a memory-usage report."""
-  totals = {}
+  totals = {HBM: 0, HOST: 0}
   for space, size in _SPACE.findall(report):
-    totals[space] = totals.get(space, 0) + int(size)
+    totals[int(space)] = totals.get(int(space), 0) + int(size)
   return totals
 
 

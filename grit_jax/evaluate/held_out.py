@@ -227,7 +227,11 @@ class HeldOutEvaluation:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
-  [hidden] = model([batch.rows], [embedding_kind(config.model.attention)])
+  [hidden] = model(
+    [batch.rows],
+    [embedding_kind(config.model.attention)],
+    kernel=config.attention_kernel,
+  )
   pooled = objective.pool_texts(model, hidden, batch, config.data.max_segments)
   return pooling.normalise(pooled)
 
@@ -236,7 +240,11 @@ def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
 def _loss_sum(
   config: Config, model: Decoder, batch: GenerativeRows
 ) -> jax.Array:
-  [hidden] = model([batch.rows], [generative_kind(config.model.attention)])
+  [hidden] = model(
+    [batch.rows],
+    [generative_kind(config.model.attention)],
+    kernel=config.attention_kernel,
+  )
   return losses.next_token_loss(model, hidden, batch)
 
 
@@ -263,7 +271,7 @@ def _continue(
       like + jnp.where(real, place_, 0),
       (like + (place_ < start)).astype(bool),
     )
-    [hidden] = model([rows], [kind])
+    [hidden] = model([rows], [kind], kernel=config.attention_kernel)
     last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
     logits = model.logits(last, model.gather_head())
     chosen = jnp.argmax(

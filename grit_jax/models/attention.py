@@ -1,17 +1,26 @@
 """Attention over packed rows, with GRIT's attention modes.
 
+Two kernels compute the same: `splash`, a flash kernel for TPUs, and `xla`, the
+reference in plain operations, which runs everywhere.
+
 Letters: see `grit_jax.models.decoder`.
 """
 
 import enum
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.batch import Rows
-from grit_jax.config import RotaryScalingConfig
+from grit_jax.config import ConfigError, RotaryScalingConfig
+from grit_jax.models import splash
 from grit_jax.sharding import spec
+
+# q [B, T, N, H] scaled, k and v [B, T, K, H], to [B, T, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Kind(enum.Enum):
@@ -44,6 +53,73 @@ def generative_kind(attention: str) -> Kind:
   return _KINDS[attention[2:]]
 
 
+def choose_kernel(name: str, platform: str) -> str:
+  """Returns the kernel of a run, from `config.Config.attention_kernel`.
+
+  Args:
+    name: auto, splash or xla.
+    platform: of the mesh's devices: tpu, gpu or cpu.
+
+  Raises:
+    ConfigError: the kernel does not run there.
+  """
+  if name == 'auto':
+    return 'splash' if platform == 'tpu' else 'xla'
+  if name == 'splash' and platform not in ('tpu', 'cpu'):
+    raise ConfigError(
+      f"attention_kernel='splash' is a kernel for TPUs, and the mesh's devices "
+      f"are of the platform {platform!r}. 'auto' and 'xla' run there."
+    )
+  return name
+
+
+def prepare(rows: Rows, kind: Kind, window: int, kernel: str) -> Attend:
+  """Returns the attention of a stream, for all layers.
+
+  What depends on the stream alone is computed here, once for all layers.
+
+  Args:
+    rows: the stream.
+    kind: which later tokens of its segment a token sees.
+    window: see `make_mask`.
+    kernel: see `choose_kernel`; the platform is that of the mesh in force.
+  """
+  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+  if choose_kernel(kernel, platform) == 'xla':
+    return partial(attend, mask=make_mask(rows, kind, window))
+  reach = _reach(kind, window)
+  left = reach - 1 if window else None
+  right = 0 if kind is Kind.CAUSAL else left
+  last = None
+  if kind in (Kind.INSTRUCTION, Kind.TEXT):
+    last = last_seen(rows, kind, window)
+  return partial(
+    splash.attend,
+    segments=rows.segments,
+    band=splash.Band(left, right),
+    last=last,
+    # The same program, interpreted where its compiler is missing.
+    interpret=platform == 'cpu',
+  )
+
+
+def _reach(kind: Kind, window: int) -> int:
+  return window + (kind is Kind.BIDIRECTIONAL)
+
+
+def last_seen(rows: Rows, kind: Kind, window: int) -> jax.Array:
+  """Returns the last position that each token sees, int32 [B, T].
+
+  Of the kinds with stretches: the end of its stretch, or its own position. All
+  positions before that are seen, within the segment and the window.
+  """
+  index = jnp.arange(rows.segments.shape[1], dtype=jnp.int32)
+  both = rows.in_instruction == (kind is Kind.INSTRUCTION)
+  outside = jnp.where(both, index.size, index)
+  last = jnp.maximum(jax.lax.cummin(outside, axis=1, reverse=True) - 1, index)
+  return jnp.minimum(last, index + window - 1) if window else last
+
+
 def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
   """Returns which position sees which, bool [B, T, S] with S = T.
 
@@ -69,8 +145,7 @@ def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
     same = stretch[:, :, None] == stretch[:, None, :]
     seen = seen | (same & both[:, :, None])
   if window:
-    reach = window + (kind is Kind.BIDIRECTIONAL)
-    seen = seen & (jnp.abs(distance) < reach)
+    seen = seen & (jnp.abs(distance) < _reach(kind, window))
   same_segment = rows.segments[:, :, None] == rows.segments[:, None, :]
   return seen & same_segment
 
@@ -81,7 +156,7 @@ def attend(
   """Grouped-query attention, the reference in plain operations.
 
   Args:
-    q: [B, T, N, H]; a query head n reads key-value head n // G.
+    q: [B, T, N, H], scaled; a query head n reads key-value head n // G.
     k: [B, S, K, H].
     v: [B, S, K, H].
     mask: bool [B, T, S].
@@ -102,9 +177,7 @@ def attend(
   scores = jnp.einsum(
     'bkth,bskh->bkts', grouped, k, preferred_element_type=jnp.float32
   ).reshape(rows, kv_heads, group, tokens, k.shape[1])
-  scores = jnp.where(
-    mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
-  )
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   weights = weights.reshape(rows, kv_heads, group * tokens, k.shape[1])
   out = jnp.einsum('bkts,bskh->bkth', weights, v).reshape(
@@ -153,9 +226,15 @@ def rotary_angles(
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs (i, i + H/2) of each head, [B, T, N, H], by `angles`."""
-  cos, sin = (a[:, :, None] for a in angles)
+def rotate(
+  x: jax.Array, angles: tuple[jax.Array, jax.Array], scale: float = 1.0
+) -> jax.Array:
+  """Turns the pairs (i, i + H/2) of each head, [B, T, N, H], by `angles`.
+
+  The result is multiplied by `scale` in float32: a factor of the softmax's that
+  came later would round bfloat16 queries twice.
+  """
+  cos, sin = (scale * a[:, :, None] for a in angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
