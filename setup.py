@@ -45,6 +45,9 @@ EXTRAS = {
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],
+  # The TPU's compiler, for machines without a TPU. Later ones than jax[tpu]
+  # asks for know more; this one is tested with both versions of JAX.
+  'aot': ['libtpu==0.0.52'],
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
 }

@@ -61,8 +61,11 @@ class Instruction:
   @property
   def calls(self) -> list[str]:
     """The computations that it runs, but for a reduction's."""
-    called = r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)'
-    return re.findall(called, self.attributes)
+    one = r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)'
+    several = self.attribute(r'called_computations=\{([^}]*)\}')
+    return re.findall(one, self.attributes) + re.findall(
+      r'%([\w.\-]+)', several
+    )
 
 
 Computation = list[Instruction]

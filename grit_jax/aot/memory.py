@@ -93,10 +93,14 @@ def _values(assignment: str, live_ranges: str) -> list[_Value]:
       number, argument = int(found[1]), ', parameter ' in found[2]
     elif found := _VALUE.match(line):
       index = (found[2] or '{}')[1:-1]
-      # Arguments are there all the time, as is what replaces them.
-      start, end = ranges.get((found[1], index), (0, 0))
+      # Arguments are there all the time, as is what replaces them. What has no
+      # range is another name for something, within a part of the program.
       if argument:
         start, end = 0, last
+      elif (found[1], index) in ranges:
+        start, end = ranges[found[1], index]
+      else:
+        continue
       where = (number, int(found[4]))
       values.append(_Value(found[1], index, int(found[3]), where, start, end))
   return values
