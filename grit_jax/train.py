@@ -119,7 +119,12 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   sharding.validate(config, mesh)
   platform = mesh.devices.flat[0].platform
   kernel = choose_kernel(config.attention_kernel, platform)
-  logging.info('Attention runs on the kernel %r on %s.', kernel, platform)
+  logging.info(
+    'Attention runs in the kernel %s on %s (attention_kernel=%s).',
+    kernel,
+    platform,
+    config.attention_kernel,
+  )
   workdir.mkdir(parents=True, exist_ok=True)
   found = sources(config.data.paths, workdir / 'tfds')
   check_kinds(config, found)

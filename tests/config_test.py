@@ -188,6 +188,7 @@ WRONG = [
   ),
   ('steps', 0),
   ('log_every', 0),
+  ('attention_kernel', 'flash'),
   ('seed', -1),
 ]  # fmt: skip
 

@@ -194,6 +194,17 @@ def test_chunks_give_the_one_pass_gradient(data, one_device, shape):
   assert_equal_gradients(gradient, found)
 
 
+def test_attention_kernels_give_one_loss_and_gradient(data, one_device):
+  _, gradient, metrics, _ = one_device
+  config = make_config(attention_kernel='splash')
+  (_, found, found_metrics), _ = gradient_on(data, config, (1, 2, 2))
+  for name in metrics:
+    np.testing.assert_allclose(
+      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
+    )
+  assert_equal_gradients(gradient, found)
+
+
 @pytest.fixture(scope='module')
 def experts_on_one_device(data):
   results, _ = gradient_on(data, make_expert_config(), (1, 1, 1))

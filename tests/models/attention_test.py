@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from grit_jax.batch import Rows
-from grit_jax.config import ATTENTION_MODES, RotaryScalingConfig
+from grit_jax.config import ATTENTION_MODES, ConfigError, RotaryScalingConfig
 from grit_jax.models import attention
 from grit_jax.models.attention import Kind
 from grit_jax.sharding import place
@@ -71,6 +71,41 @@ def test_padding_sees_itself_and_no_text(pack: Callable, kind: Kind):
   assert mask.diagonal(axis1=1, axis2=2).all()
 
 
+@pytest.mark.parametrize('window', [0, 1, 3])
+@pytest.mark.parametrize('letters', ['bc', 'cb'])
+def test_last_seen_is_the_last_of_the_definition(
+  pack: Callable, letters: str, window: int
+):
+  rows = pack(*LAYOUTS, length=LENGTH)
+  last = np.asarray(attention.last_seen(rows, KINDS[letters], window))
+  for row, t in np.argwhere(rows.segments > 0):
+    seen = [sees(rows, row, t, s, letters, window) for s in range(LENGTH)]
+    # Beyond the segment it need not say; segments part those.
+    end = np.flatnonzero(rows.segments[row] == rows.segments[row, t])[-1]
+    assert min(last[row, t], end) == np.flatnonzero(seen)[-1], (row, t)
+
+
+@pytest.mark.parametrize(
+  ('name', 'platform', 'kernel'),
+  [
+    ('auto', 'tpu', 'splash'),
+    ('auto', 'gpu', 'xla'),
+    ('auto', 'cpu', 'xla'),
+    ('splash', 'tpu', 'splash'),
+    ('splash', 'cpu', 'splash'),
+    ('xla', 'tpu', 'xla'),
+    ('xla', 'gpu', 'xla'),
+  ],
+)
+def test_kernel_is_the_one_named_or_the_platforms(name, platform, kernel):
+  assert attention.choose_kernel(name, platform) == kernel
+
+
+def test_kernel_that_does_not_run_on_the_platform_raises():
+  with pytest.raises(ConfigError, match="platform 'gpu'"):
+    attention.choose_kernel('splash', 'gpu')
+
+
 @pytest.mark.parametrize('mode', ATTENTION_MODES)
 def test_modes_give_each_stream_its_two_letters(mode: str):
   assert attention.embedding_kind(mode) is KINDS[mode[:2]]
@@ -93,7 +128,11 @@ def test_attend_equals_float64_attention_head_by_head(one_device: Mesh):
     expected[:, :, n] = weights @ v[:, :, shared]
   arrays = [
     place(one_device, x.astype('float32'), 'rows', 'seq', axis, 'head_dim')
-    for x, axis in ((q, 'heads'), (k, 'kv_heads'), (v, 'kv_heads'))
+    for x, axis in (
+      (q / np.sqrt(head_dim), 'heads'),
+      (k, 'kv_heads'),
+      (v, 'kv_heads'),
+    )
   ]
   actual = attention.attend(*arrays, jax.numpy.asarray(mask))
   np.testing.assert_allclose(actual, expected, atol=SUM_TOLERANCE)
@@ -118,6 +157,21 @@ def test_rotate_multiplies_complex_pairs_by_their_phase():
     actual,
     np.concatenate([turned.real, turned.imag], axis=-1),
     atol=ANGLE_TOLERANCE * np.abs(x).max(),
+  )
+
+
+def test_rotate_scales_before_it_rounds():
+  rng = np.random.default_rng(0)
+  x = jax.numpy.asarray(rng.standard_normal((2, 5, 3, 10)), 'bfloat16')
+  positions = jax.numpy.asarray(rng.integers(4096, size=(2, 5)), 'int32')
+  frequencies = attention.rotary_frequencies(10, 1e4, RotaryScalingConfig())
+  angles = attention.rotary_angles(positions, frequencies)
+  wide = attention.rotate(x.astype('float32'), angles)
+  actual = attention.rotate(x, angles, scale=1 / 3)
+  # Half a step of bfloat16's 8 bits; rounded before and after, it is up to
+  # twice that.
+  np.testing.assert_allclose(
+    actual.astype('float32'), wide / 3, rtol=2**-8, atol=1e-6
   )
 
 
