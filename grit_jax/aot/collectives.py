@@ -58,7 +58,7 @@ class _Site:
 
 
 def find_collectives(
-  module: hlo.Module, loops: list[int], chips_per_slice: int
+  module: hlo.Module, loops: list[int], chips_per_slice: int, slices: int = 1
 ) -> list[Collective]:
   """Lists the collectives of a program, large ones first.
 
@@ -67,21 +67,33 @@ def find_collectives(
     loops: how often the loops run whose length the program does not know, in
       their order.
     chips_per_slice: to tell which groups go over several.
+    slices: of these.
   """
   by_channel: dict[str, list[_Site]] = {}
   for site in _sites(module, loops):
     channel = site.found.attribute(r'channel_id=(\d+)') or site.found.name
     by_channel.setdefault(channel, []).append(site)
   found = [
-    _describe(module, sites, chips_per_slice) for sites in by_channel.values()
+    _describe(module, sites, chips_per_slice, slices)
+    for sites in by_channel.values()
   ]
   found = [each for each in found if each.bytes >= MIN_BYTES]
   return sorted(found, key=lambda each: -each.bytes * each.times)
 
 
-def _kind(opcode: str) -> str:
-  kind = opcode.removesuffix('-start')
+def _kind(instruction: hlo.Instruction) -> str:
+  """Returns the kind of collective that an instruction is; empty: none."""
+  if _is_between_slices(instruction):
+    return 'all-reduce'
+  kind = instruction.opcode.removesuffix('-start')
   return kind if kind in _KINDS else ''
+
+
+def _is_between_slices(instruction: hlo.Instruction) -> bool:
+  """Whether it sends to the other slices what they add up to."""
+  if instruction.opcode != 'send':
+    return False
+  return '_xla_megascale_reduce_operation' in instruction.attributes
 
 
 def _sites(module: hlo.Module, loops: list[int]) -> Iterator[_Site]:
@@ -100,7 +112,7 @@ def _sites(module: hlo.Module, loops: list[int]) -> Iterator[_Site]:
         for branch in re.findall(r'%([\w.\-]+)', instruction.attributes):
           if branch in module.computations:
             yield from walk(branch, times)
-      elif _kind(instruction.opcode):
+      elif _kind(instruction):
         yield _Site(name, place, times, instruction, name)
       else:
         for called in instruction.calls:
@@ -114,24 +126,28 @@ def _within(
   module: hlo.Module, name: str
 ) -> Iterator[tuple[str, hlo.Instruction]]:
   for instruction in module.computations.get(name, ()):
-    if _kind(instruction.opcode):
+    if _kind(instruction):
       yield name, instruction
     for called in instruction.calls:
       yield from _within(module, called)
 
 
 def _describe(
-  module: hlo.Module, sites: list[_Site], chips_per_slice: int
+  module: hlo.Module, sites: list[_Site], chips_per_slice: int, slices: int
 ) -> Collective:
   first, last = sites[0], sites[-1]
   instruction = first.found
-  kind = _kind(instruction.opcode)
+  kind = _kind(instruction)
   arrays = instruction.result
   if instruction.opcode.endswith('-start'):
     arrays = arrays[len(arrays) // 2 :][:1]
+  elif _is_between_slices(instruction):
+    arrays = arrays[:1]
   size = sum(array.bytes for array in arrays)
   shown = ' '.join(map(str, arrays))
   group, between = _group(instruction, chips_per_slice)
+  if _is_between_slices(instruction):
+    group, between = slices, True
   if kind == 'reduce-scatter':
     size *= group
     shown += f' of {group}'
@@ -162,7 +178,7 @@ def _span(module: hlo.Module, first: _Site, last: _Site) -> tuple[int, int]:
     return first.place, first.place
   if last.place > first.place:
     return first.place, last.place
-  if not start.opcode.endswith('-start'):
+  if not start.opcode.endswith(('-start', 'send')):
     return first.place, first.place
   # An update stands between some starts and their done.
   name = start.name

@@ -187,7 +187,7 @@ def _read(
   held['gaps between buffers'] = max(rest, 0.0)
   chips = math.prod(program['mesh'].values())
   moved = collectives.find_collectives(
-    module, program['loops'], chips // request.slices
+    module, program['loops'], chips // request.slices, request.slices
   )
   kernels = defaultdict(int)
   for computation in module.computations.values():
