@@ -36,6 +36,7 @@ _ENVIRONMENT = {
 
 # Written last before code is generated.
 _SCHEDULED = 'after_optimizations_after_buffer_assignment.txt'
+_ASSIGNMENT = 'after_optimizations-buffer-assignment.txt'
 
 
 class CompileError(RuntimeError):
@@ -148,14 +149,13 @@ def _run(
 def _is_scheduled(dump: pathlib.Path, limit_gib: float) -> bool:
   """Whether the program is dumped to its end, and fits.
 
-  The figure of this stage may be above the final one: one that does not fit is
-  left to the compiler, which soon says so.
+  One that does not is left to the compiler, which says so by itself.
   """
   scheduled = memory.find_dump(dump, _SCHEDULED)
   if not scheduled or not scheduled.read_text().endswith('}\n\n'):
     return False
-  report = memory.find_dump(dump, 'after_optimizations-memory-usage-report.txt')
-  totals = memory.read_totals(report.read_text())
+  assignment = memory.find_dump(dump, _ASSIGNMENT)
+  totals = memory.read_totals(assignment.read_text())
   return totals[memory.HBM] <= limit_gib * 2**30
 
 
@@ -171,14 +171,10 @@ def _read(
     return path.read_text()
 
   module = hlo.parse(text('.after_optimizations.txt'))
-  totals = memory.read_totals(
-    text('after_optimizations-memory-usage-report.txt')
-  )
+  assignment = text(_ASSIGNMENT)
+  totals = memory.read_totals(assignment)
   buffers = memory.read_peak(
-    text('after_optimizations-buffer-assignment.txt'),
-    text('after_optimizations-live-range.txt'),
-    module,
-    program,
+    assignment, text('after_optimizations-live-range.txt'), module, program
   )
   held = defaultdict(float)
   for buffer in buffers:

@@ -6,15 +6,15 @@ import re
 
 from grit_jax.aot import hlo
 
-_SPACE = re.compile(
-  r'Memory Space: .*\(color=(\d+)\)\nTotal bytes: (\d+)', re.MULTILINE
-)
 # The memory spaces of the compiler, by its number for them.
 HBM, HOST = 0, 5
+
 # `allocation 3: size 8192000, ..., parameter 12, ...`, and below it its values,
 # `value: <5110 fusion.263{1} @0> (size=734,offset=109): f32[...]...`, of which
 # those of colour 0 are in HBM.
-_ALLOCATION = re.compile(r'^allocation (\d+): (.*)$')
+_ALLOCATION = re.compile(
+  r'^allocation (\d+): size (\d+),(?: color (\d+),)?(.*)$', re.MULTILINE
+)
 _VALUE = re.compile(
   r'^ value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @0> '
   r'\(size=(\d+),offset=(\d+)\)'
@@ -34,11 +34,17 @@ class _Value:
   end: int
 
 
-def read_totals(report: str) -> dict[int, int]:
-  """Returns the bytes of each memory space in a memory-usage report."""
+def read_totals(assignment: str) -> dict[int, int]:
+  """Returns the bytes of each memory space in a buffer assignment.
+
+  What is local to a thread, such as the arguments of a part that runs on
+  another core, is another name for a buffer that counts already.
+  """
   totals = {HBM: 0, HOST: 0}
-  for space, size in _SPACE.findall(report):
-    totals[int(space)] = totals.get(int(space), 0) + int(size)
+  for _, size, color, kind in _ALLOCATION.findall(assignment):
+    space = int(color or HBM)
+    if 'thread-local' not in kind:
+      totals[space] = totals.get(space, 0) + int(size)
   return totals
 
 
@@ -90,7 +96,7 @@ def _values(assignment: str, live_ranges: str) -> list[_Value]:
   values, number, argument = [], 0, False
   for line in assignment.splitlines():
     if found := _ALLOCATION.match(line):
-      number, argument = int(found[1]), ', parameter ' in found[2]
+      number, argument = int(found[1]), ', parameter ' in found[4]
     elif found := _VALUE.match(line):
       index = (found[2] or '{}')[1:-1]
       # Arguments are there all the time, as is what replaces them. What has no

@@ -45,7 +45,7 @@ def describe(figures: dict[str, Any]) -> str:
   used, limit = figures['hbm_gib_per_chip'], figures['hbm_limit_gib']
   verdict = 'fits' if figures['fits'] else 'DOES NOT FIT'
   kind = {
-    'fast': 'of the buffer assignment: an upper bound, exact on v5e',
+    'fast': 'as assigned, before code is generated',
     'full': 'of the compiled program',
   }[figures['mode'] if figures['fits'] else 'fast']
   lines = [
