@@ -32,12 +32,17 @@ REQUIREMENTS = [
   'tqdm>=4.67',
 ]
 
+# The TPU's compiler, for machines without a TPU; tested with the versions of
+# JAX that Python 3.11 and 3.12 get. `jax[tpu]` asks for older ones.
+LIBTPU = 'libtpu==0.0.52'
+
 EXTRAS = {
   # PyTorch and the tools that exports are for are in tests alone, as the
   # independent side of a comparison; on newer Pythons those are skipped.
   'test': [
     'pytest>=8.4',
     'ruff>=0.14',
+    LIBTPU,
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
@@ -45,9 +50,7 @@ EXTRAS = {
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],
-  # The TPU's compiler, for machines without a TPU. Later ones than jax[tpu]
-  # asks for know more; this one is tested with both versions of JAX.
-  'aot': ['libtpu==0.0.52'],
+  'aot': [LIBTPU],
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
 }
