@@ -24,8 +24,8 @@ from grit_jax.models import presets
 pytest.importorskip('libtpu')
 
 LAYERS = 2
-# Of two layers with 12 or 24 rows a chip: what compiled, and a tenth.
-BUDGETS = {'v5e:8x8': 5.0, 'v6e:4x8': 17.0, 'v5p:4x4x2': 15.5}
+# Of two layers with 12 or 24 rows a chip: what compiled, and a little more.
+BUDGETS = {'v5e:8x8': 4.8, 'v6e:4x8': 11.5, 'v5p:4x4x2': 11.0}
 SIZES = Sizes(512, 256)
 # A gather of this many MiB takes as long as a product; smaller ones may be
 # alone.
@@ -103,14 +103,10 @@ def test_weights_are_gathered_in_bfloat16(topology: str):
 
 @pytest.mark.parametrize('topology', BUDGETS)
 def test_no_buffer_has_the_logits_of_all_tokens(topology: str):
-  chips = math.prod(figures_of(topology)['mesh'].values())
-  whole = SIZES.generative_rows // chips * 2048 * 32000 * 2 / 2**30
-  logits = [
-    buffer['gib']
-    for buffer in figures_of(topology)['buffers']
-    if buffer['holds'] == 'logits'
-  ]
-  assert all(size < whole / 2 for size in logits)
+  figures = figures_of(topology)
+  chips = math.prod(figures['mesh'].values())
+  whole = SIZES.generative_rows / chips * 2048 * 32000 * 2 / 2**30
+  assert 0 < figures['largest_logits_gib'] < whole / 2
 
 
 @pytest.mark.parametrize('topology', ['v5e:8x8', 'v6e:4x8'])

@@ -102,6 +102,7 @@ def compile_step(request: Request) -> dict[str, Any]:
     ),
     'held': read['held'],
     'buffers': read['buffers'],
+    'largest_logits_gib': read['largest_logits_gib'],
     'collectives': read['collectives'],
     'kernels': read['kernels'],
     'compile_seconds': seconds,
@@ -173,7 +174,7 @@ def _read(
   module = hlo.parse(text('.after_optimizations.txt'))
   assignment = text(_ASSIGNMENT)
   totals = memory.read_totals(assignment)
-  buffers = memory.read_peak(
+  buffers, logits = memory.read_buffers(
     assignment, text('after_optimizations-live-range.txt'), module, program
   )
   held = defaultdict(float)
@@ -194,6 +195,7 @@ def _read(
     'totals': totals,
     'held': dict(sorted(held.items(), key=lambda item: -item[1])),
     'buffers': buffers[:60],
+    'largest_logits_gib': logits,
     'collectives': [dataclasses.asdict(each) for each in moved],
     'kernels': dict(sorted(kernels.items())),
   }

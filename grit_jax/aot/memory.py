@@ -48,9 +48,9 @@ def read_totals(assignment: str) -> dict[int, int]:
   return totals
 
 
-def read_peak(
+def read_buffers(
   assignment: str, live_ranges: str, module: hlo.Module, program: dict
-) -> list[dict]:
+) -> tuple[list[dict], float]:
   """Lists what is in HBM when most of it is used, the largest first.
 
   Args:
@@ -60,31 +60,39 @@ def read_peak(
     program: what `worker` wrote of it.
 
   Returns:
-    A dict a buffer: `name`, `array`, `gib`, `holds`, `path`.
+    A dict a buffer: `name`, `array`, `gib`, `holds`, `path`; and the GiB of the
+    largest logits there are at any time.
   """
   instructions = {
     instruction.name: instruction
     for computation in module.computations.values()
     for instruction in computation
   }
-  buffers = []
-  for value in _peak(_values(assignment, live_ranges)):
+
+  def describe(value: _Value) -> dict:
     instruction = instructions.get(value.name)
     place = int(value.index.split(',')[0] or 0)
     array = None
     if instruction and place < len(instruction.result):
       array = instruction.result[place]
     path = instruction.path if instruction else ''
-    buffers.append(
-      {
-        'name': value.name,
-        'array': str(array) if array else '',
-        'gib': value.size / 2**30,
-        'holds': _holds(array, path, program),
-        'path': path,
-      }
-    )
-  return sorted(buffers, key=lambda buffer: -buffer['gib'])
+    return {
+      'name': value.name,
+      'array': str(array) if array else '',
+      'gib': value.size / 2**30,
+      'holds': _holds(array, path, program),
+      'path': path,
+    }
+
+  values = _values(assignment, live_ranges)
+  logits = [
+    buffer['gib']
+    for buffer in map(describe, values)
+    if buffer['holds'] == 'logits'
+  ]
+  peak = [describe(value) for value in _peak(values)]
+  peak.sort(key=lambda buffer: -buffer['gib'])
+  return peak, max(logits, default=0.0)
 
 
 def _values(assignment: str, live_ranges: str) -> list[_Value]:

@@ -119,7 +119,6 @@ def measure_flops(
 
   Ideal is thrice a forward pass over the same rows, nothing computed twice.
   """
-  shards = sharding.row_shards(mesh)
   one_pass = dataclasses.replace(
     config,
     memory=dataclasses.replace(config.memory, remat='none', chunk_rows=0),
@@ -132,7 +131,7 @@ def measure_flops(
     jax.make_jaxpr(lambda m, b: objective.one_pass_loss(m, b, one_pass))(
       state.model, whole
     ).jaxpr,
-    shards,
+    mesh.size,
   )
   batch = abstract_batch(config, mesh, sizes)
   if not chunk:
@@ -152,7 +151,7 @@ def measure_flops(
     traced = jax.make_jaxpr(lambda m, b: gradient(m, b, config))(
       state.model, part
     )
-    executed += count_flops(traced.jaxpr, shards, trips)
+    executed += count_flops(traced.jaxpr, mesh.size, trips)
   return {
     'executed_petaflops': executed / 1e15,
     'ideal_petaflops': 3 * forward / 1e15,

@@ -56,7 +56,7 @@ def test_a_buffer_counts_once_whatever_it_is_called():
 
 
 def test_the_peak_is_where_most_is_live_and_says_what_it_is():
-  buffers = memory.read_peak(
+  buffers, logits = memory.read_buffers(
     ASSIGNMENT, LIVE_RANGES, hlo.parse(PROGRAM), SHAPES
   )
   held = {buffer['holds']: buffer['gib'] for buffer in buffers}
@@ -68,11 +68,16 @@ def test_the_peak_is_where_most_is_live_and_says_what_it_is():
     'gradients': pytest.approx(2),
   }
   assert [buffer['gib'] for buffer in buffers] == [8, 5, 4, 3, 2]
+  # There are some at another time.
+  assert logits == 9
 
 
 def test_logits_are_told_by_their_vocabulary():
   larger = ASSIGNMENT.replace(f'(size={9 * GIB}', f'(size={20 * GIB}')
-  buffers = memory.read_peak(larger, LIVE_RANGES, hlo.parse(PROGRAM), SHAPES)
+  buffers, logits = memory.read_buffers(
+    larger, LIVE_RANGES, hlo.parse(PROGRAM), SHAPES
+  )
   assert buffers[0]['array'] == 'f32[2,256,1000]'
   assert buffers[0]['holds'] == 'logits'
   assert [buffer['gib'] for buffer in buffers] == [20, 8, 2]
+  assert logits == 20
