@@ -11,9 +11,12 @@ All is as in `gritlm_7b.py`, without the generative stream: 2048 pairs a step,
 1253 steps. With one loss its weight says nothing: Adam divides it out, but for
 the clipping of gradients.
 
-Compiled, not measured: MEMORY
+Compiled and not measured, 512 packed rows of 2048 tokens take 8.62 GiB a chip
+on 64 chips of v5e, and 1.29 times the arithmetic of a forward and a backward
+pass:
 
-  python -m grit_jax.aot --config=configs/embedding_only_7b.py --topology=v5e:8x8
+  python -m grit_jax.aot --topology=v5e:8x8 \
+    --config=configs/embedding_only_7b.py
 """
 
 import importlib.util

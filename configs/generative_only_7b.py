@@ -10,10 +10,12 @@ tasks, where the joint model has 55.5; and 41.2 on MTEB), on Tulu 2:
 All is as in `gritlm_7b.py`, without the embedding stream: 256 conversations a
 step, 1253 steps, the mean of token means over 8 groups of 32.
 
-Compiled, not measured: MEMORY
+Compiled and not measured, 256 packed rows of 2048 tokens take 5.72 GiB a chip
+on 64 chips of v5e, and 1.29 times the arithmetic of a forward and a backward
+pass:
 
-  python -m grit_jax.aot --config=configs/generative_only_7b.py \
-    --topology=v5e:8x8
+  python -m grit_jax.aot --topology=v5e:8x8 \
+    --config=configs/generative_only_7b.py
 """
 
 import importlib.util
