@@ -14,7 +14,7 @@ from grit_jax.aot import report
 from grit_jax.aot.compiler import CompileError, Request, compile_step
 from grit_jax.aot.program import Sizes
 from grit_jax.aot.sweep import sweep
-from grit_jax.aot.topologies import TopologyError, find_chip
+from grit_jax.aot.topologies import TopologyError, count_devices, find_chip
 from grit_jax.config import Config, ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
@@ -24,14 +24,14 @@ _EMBEDDING = flags.DEFINE_integer(
   'embedding_rows',
   None,
   'Packed rows of embedding texts a step. By default a row for four pairs, '
-  'which is about what the data of the paper take.',
+  'which is about what the data of the paper take, rounded up to divide.',
   lower_bound=1,
 )
 _GENERATIVE = flags.DEFINE_integer(
   'generative_rows',
   None,
   'Packed rows of conversations a step. By default as many as conversations of '
-  'the greatest length take.',
+  'the greatest length take, rounded up to divide.',
   lower_bound=1,
 )
 _FULL = flags.DEFINE_bool(
@@ -48,10 +48,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     request = make_request()
     if _SWEEP.value:
-      chips = math.prod(
-        int(n) for n in request.topology.split(':')[1].split('x')
-      )
-      found = sweep(request, chips, lambda line: print(line, file=sys.stderr))
+      found = sweep(request, lambda line: print(line, file=sys.stderr))
       print(report.describe_sweep(found))
       write(found)
       return
@@ -85,16 +82,20 @@ def make_request() -> Request:
     )
     config = dataclasses.replace(config, model=model)
   sizes = Sizes(
-    _EMBEDDING.value or -(-config.data.embedding_batch // 4),
-    _GENERATIVE.value or _worst_generative(config),
+    _EMBEDDING.value or _divisible(config.data.embedding_batch / 4),
+    _GENERATIVE.value or _divisible(_worst_generative(config)),
   )
   return Request(config, _TOPOLOGY.value, _SLICES.value, sizes, _FULL.value)
 
 
-def _worst_generative(config: Config) -> int:
+def _worst_generative(config: Config) -> float:
   data = config.data
-  return -(-data.generative_batch * data.max_generative_tokens
-           // data.row_length)  # fmt: skip
+  return data.generative_batch * data.max_generative_tokens / data.row_length
+
+
+def _divisible(rows: float) -> int:
+  devices = _SLICES.value * count_devices(_TOPOLOGY.value)
+  return math.ceil(rows / devices) * devices
 
 
 def write(figures: dict | list) -> None:

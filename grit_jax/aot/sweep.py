@@ -8,6 +8,7 @@ from typing import Any
 from grit_jax.aot.compiler import CompileError, Request, compile_step
 from grit_jax.aot.program import Sizes
 from grit_jax.aot.report import estimate_seconds
+from grit_jax.aot.topologies import count_devices
 from grit_jax.config import Config, MemoryConfig, MeshConfig
 
 # Rows a chip and chunk of gradient caching.
@@ -19,30 +20,31 @@ def candidates(config: Config, chips: int) -> Iterator[Config]:
 
   Args:
     config: says what is trained.
-    chips: of a slice.
+    chips: devices of a slice.
   """
   meshes = [MeshConfig(), MeshConfig(tensor=2)]
   if config.model.num_experts:
     meshes.append(MeshConfig(expert=math.gcd(config.model.num_experts, chips)))
   for mesh in meshes:
     memories = [MemoryConfig(remat='full'), MemoryConfig(remat='offload')]
-    for rows in CHUNKS:
-      memories.append(MemoryConfig(chunk_rows=rows * chips // mesh.tensor))
+    shards = chips // mesh.tensor
+    memories.append(MemoryConfig(remat='offload', chunk_rows=4 * shards))
+    memories += [MemoryConfig(chunk_rows=rows * shards) for rows in CHUNKS]
     for memory in memories:
       yield dataclasses.replace(config, mesh=mesh, memory=memory)
 
 
 def sweep(
-  request: Request, chips: int, report: Callable[[str], None]
+  request: Request, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
   """Compiles all candidates, and returns their figures, best first.
 
   Args:
     request: what to compile; its mesh and memory are replaced.
-    chips: of a slice.
     report: is told what is not compiled, and why.
   """
   found = []
+  chips = count_devices(request.topology)
   for config in candidates(request.config, chips):
     shards = request.slices * chips // config.mesh.tensor
     sizes = request.sizes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 from jax.experimental import topologies
@@ -22,6 +23,7 @@ class Chip:
     petaflops: peak of bfloat16 products, a device.
     links: bytes a second that a device gets over all its links at once.
     options: of `get_topology_desc` besides the name.
+    devices: of JAX, a chip.
   """
 
   names: tuple[str, ...]
@@ -29,6 +31,7 @@ class Chip:
   petaflops: float
   links: float
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  devices: int = 1
 
 
 # Tori: a compiler that does not know of the links around lowers gathers of v5p
@@ -58,7 +61,7 @@ CHIPS = {
   ),
   'tpu7x': Chip(
     ('2x2x1', '2x2x2', '2x2x4', '4x4x2', '4x4x4'),
-    94.74, 1.153, 300e9, _WRAP,
+    94.74, 1.153, 300e9, _WRAP, devices=2,
   ),
 }  # fmt: skip
 
@@ -77,6 +80,12 @@ def find_chip(topology: str) -> Chip:
       f'{topology!r} is not a topology.{hint} There are: {", ".join(names)}.'
     )
   return CHIPS[topology.split(':')[0]]
+
+
+def count_devices(topology: str) -> int:
+  """Returns the devices of one slice."""
+  shape = topology.split(':')[1].split('x')
+  return find_chip(topology).devices * math.prod(int(n) for n in shape)
 
 
 def describe(topology: str, slices: int) -> topologies.TopologyDescription:
