@@ -1,8 +1,10 @@
 """Splash attention: a flash kernel that computes only the blocks in a band.
 
 The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`, forward and
-backward; neither has scores of more than a block in memory. On a CPU the same
-program is interpreted.
+backward; neither has scores of more than a block in memory. Rows may have any
+length (they are padded to whole lanes) and heads any size: those of 16 to 256
+compile for v5e and v6e; one that is no multiple of 128 leaves lanes empty. On a
+CPU the same program is interpreted.
 
 What a token sees is described by three things, all of them exact:
 
