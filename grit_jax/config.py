@@ -434,7 +434,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices an axis; one axis may be -1, which takes all that are left."""
+  """Devices an axis; one axis may be -1, which takes all that are left.
+
+  On several TPU slices these are the devices of one, and each has a copy.
+  """
 
   data: int = 1  # copies of the weights, outermost
   fsdp: int = -1  # weights and optimizer state are split over it
@@ -461,7 +464,7 @@ class MemoryConfig:
   """What trades time for memory; the loss and its gradient stay the same."""
 
   # What a layer keeps for its gradient. none: everything. full: its input.
-  # offload: its input, in the host's memory.
+  # offload: the inputs of its two parts, in the host's memory.
   remat: str = 'full'
   # Rows a chunk for gradient caching (Gao et al. 2021, arXiv 2101.06983); 0:
   # the whole batch in one pass.

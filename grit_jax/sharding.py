@@ -1,14 +1,15 @@
 """The mesh, the one table of logical axes, and what moves between devices.
 
-A run has one Explicit mesh with the axes `data`, `fsdp`, `expert` and `tensor`,
-so that the sharding of an array is part of its type and a wrong one fails when
-the program is traced, on a CPU as on a pod.
+A run has one Explicit mesh with the axes `data`, `pair`, `fsdp`, `expert` and
+`tensor`, so that the sharding of an array is part of its type and a wrong one
+fails when the program is traced, on a CPU as on a pod. `pair` and `fsdp` are
+the config's `mesh.fsdp`, halved where its half is even: see `gather`.
 
-- Activations are split by rows over `data`, `fsdp` and `expert`, and by heads,
+- Activations are split by rows over all axes but `tensor`, and by heads,
   feed-forward and vocabulary over `tensor`.
 - A weight is stored split over `tensor` where its logical axis says so and,
-  besides, over `fsdp` and `expert` on its first axis: the major one, so that a
-  shard stays whole tiles on a TPU. `gather` brings it together for use.
+  besides, over `fsdp`, `pair` and `expert` on its first axis: the major one, so
+  that a shard stays whole tiles on a TPU. `gather` brings it together for use.
 - The experts' weights are split by experts over `expert`, and are never
   brought together over it: the tokens go to them.
 """
@@ -19,16 +20,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import Config, MeshConfig, ModelConfig
 
-AXES = ('data', 'fsdp', 'expert', 'tensor')
+AXES = ('data', 'pair', 'fsdp', 'expert', 'tensor')
 # The axes that split rows, and over which a weight's gradient is summed.
-ROWS = ('data', 'fsdp', 'expert')
-# The axes that split a weight's first axis, besides its own.
-STORED = ('fsdp', 'expert')
+ROWS = ('data', 'pair', 'fsdp', 'expert')
+# The axes that split a weight's first axis, besides its own: the last of them
+# are gathered first.
+STORED = ('fsdp', 'pair', 'expert')
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'rows': ROWS,
@@ -61,32 +64,57 @@ def make_mesh(
 ) -> Mesh:
   """Returns the Explicit mesh that `config` asks for.
 
+  Of several TPU slices each is a mesh of its own, and `data` goes over the
+  network between them: a slice has a whole copy of the weights.
+
   Args:
-    config: devices an axis; an axis of -1 takes the devices left over.
+    config: devices an axis, of one slice; an axis of -1 takes those left over.
     devices: by default all of the run's.
 
   Raises:
     MeshError: the axes' product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [getattr(config, axis) for axis in AXES]
-  fixed = math.prod(size for size in sizes if size > 0)
-  named = ', '.join(f'mesh.{a}={n}' for a, n in zip(AXES, sizes, strict=True))
-  if -1 in sizes:
-    if len(devices) % fixed:
-      raise MeshError(
-        f'{named}: {len(devices)} devices do not divide by {fixed}, so the '
-        'axis of -1 has no size.'
-      )
-    sizes[sizes.index(-1)] = len(devices) // fixed
-  elif fixed != len(devices):
-    raise MeshError(
-      f'{named} is a mesh of {fixed} devices, but there are {len(devices)}. '
-      'Set one axis to -1 to let it take the rest.'
+  slices = 1
+  if devices[0].platform == 'tpu':
+    # The attribute is there where there are several.
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  data, fsdp, expert, tensor = _sizes(config, len(devices) // slices, slices)
+  pair = 2 if fsdp % 4 == 0 else 1
+  shape = (data, pair, fsdp // pair, expert, tensor)
+  # The halves of a torus's axis are neighbours; only v5e's are split unasked.
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
     )
-  return jax.make_mesh(
-    tuple(sizes), AXES, (AxisType.Explicit,) * len(AXES), devices=devices
-  )
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      shape, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _sizes(config: MeshConfig, devices: int, slices: int) -> list[int]:
+  """Returns the devices of one slice an axis, as `make_mesh`."""
+  axes = ('data', 'fsdp', 'expert', 'tensor')
+  sizes = [getattr(config, axis) for axis in axes]
+  fixed = math.prod(size for size in sizes if size > 0)
+  named = ', '.join(f'mesh.{a}={n}' for a, n in zip(axes, sizes, strict=True))
+  there = f'{devices} devices' + (' in each slice' if slices > 1 else '')
+  if -1 in sizes:
+    if devices % fixed:
+      fits = [n for n in range(1, devices + 1) if devices % n == 0]
+      raise MeshError(
+        f'{named}: {there} do not divide by {fixed}, so the axis of -1 has no '
+        f'size. The product of the others must be one of {fits}.'
+      )
+    sizes[sizes.index(-1)] = devices // fixed
+  elif fixed != devices:
+    raise MeshError(
+      f'{named} is a mesh of {fixed} devices, but there are {there}. Set one '
+      'axis to -1 to let it take the rest.'
+    )
+  return sizes
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -140,7 +168,10 @@ def _check_divides(
 ) -> None:
   shards = math.prod(mesh.shape[axis] for axis in axes)
   if size % shards:
-    product = '*'.join(f'mesh.{axis}' for axis in axes if mesh.shape[axis] > 1)
+    sizes = dict(mesh.shape) | {'fsdp': mesh.shape['fsdp'] * mesh.shape['pair']}
+    product = '*'.join(
+      f'mesh.{axis}' for axis in axes if axis != 'pair' and sizes[axis] > 1
+    )
     raise MeshError(f'{name}={size} does not divide by {product}={shards}.')
 
 
@@ -164,11 +195,11 @@ def spec(*logical: str | None) -> P:
 def weight_spec(*logical: str) -> P:
   """Returns how a weight with these logical axes is stored.
 
-  As `spec`, with `fsdp` and `expert` on the first axis after `layers` and
-  `experts`. The latter has `expert` already.
+  As `spec`, with `STORED` on the first axis after `layers` and `experts`. The
+  latter has `expert` already.
   """
   first = sum(axis in ('layers', 'experts') for axis in logical)
-  extra = ('fsdp',) if 'experts' in logical else STORED
+  extra = STORED[:-1] if 'experts' in logical else STORED
   physical = [RULES[axis] for axis in logical]
   axis = physical[first]
   physical[first] = extra if axis is None else (axis, *extra)
@@ -190,13 +221,15 @@ def _check_collision(logical: Sequence, physical: Sequence) -> None:
 
 
 def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
-  """All-gathers a stored weight over `fsdp` and `expert`, in `dtype`.
+  """All-gathers a stored weight over `STORED`, in `dtype`.
 
   Its transpose is a reduce-scatter of the gradient to the shard, in `dtype`:
   the result is `reduced` over the row axes, so its cotangent is the unreduced
-  sum of each device, which the first reshard's transpose scatters. `data` is
-  named before the others: one reshard over all becomes a full all-reduce on
-  TPU. What is split over `expert` by experts stays so.
+  sum of each device, which the transposes of the reshards scatter. There are
+  three of them, because XLA makes a full all-reduce of a reduce-scatter over
+  all chips of a slice on v5e and v5p, and of one over `data` too: `data`
+  first, which moves nothing; then over `pair`, half of the chips' shards; then
+  over `fsdp`. What is split over `expert` by experts stays so.
 
   Args:
     weight: as stored (`weight_spec`), without its `layers` axis.
@@ -206,11 +239,26 @@ def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
   Returns:
     The weight, split over `tensor` alone, or over `expert` too.
   """
-  stored, used = weight_spec(*logical), spec(*logical)
-  reduced = set(ROWS) - ({'expert'} if 'experts' in logical else set())
+  stored = weight_spec(*logical)
+  expert = set() if 'experts' in logical else {'expert'}
   weight = weight.astype(dtype)
-  weight = jax.sharding.reshard(weight, P(*stored, reduced={'data'}))
-  return jax.sharding.reshard(weight, P(*used, reduced=reduced))
+  reduced = {'data'}
+  for axes in (set(), {'pair'} | expert, {'fsdp'}):
+    reduced |= axes
+    weight = jax.sharding.reshard(
+      weight, P(*_without(stored, reduced), reduced=reduced)
+    )
+  return weight
+
+
+def _without(spec: P, axes: set[str]) -> list[tuple | str | None]:
+  """Returns the partitions of `spec` over other mesh axes than these."""
+  kept = []
+  for partition in spec:
+    names = partition if isinstance(partition, tuple) else (partition,)
+    names = tuple(name for name in names if name not in {None, *axes})
+    kept.append(names if len(names) > 1 else names[0] if names else None)
+  return kept
 
 
 def _rest(x: jax.Array) -> tuple:

@@ -160,10 +160,12 @@ def test_gradients_are_sharded_as_their_weights(
     assert z.is_equivalent_to(x.sharding, x.ndim), path
 
 
-def test_gradient_of_a_gather_crosses_data_as_a_shard(mesh_of: Callable):
+def test_a_gather_and_its_gradient_go_step_by_step(mesh_of: Callable):
   # The CPU compiler writes a reduce-scatter as all-reduce and slice, so what
-  # shows here is the order: within `fsdp` first, then a shard over `data`.
+  # shows here is the order: over `fsdp` whole, over `pair` what `fsdp` leaves,
+  # and a shard over `data`. Devices are numbered data, pair, fsdp.
   mesh = mesh_of(2, 4, 1)
+  assert dict(mesh.shape) | {'pair': 2, 'fsdp': 2} == dict(mesh.shape)
   with jax.set_mesh(mesh):
     stored = weight_spec('embed', 'mlp')
     weight = jax.device_put(np.ones((64, 24), 'float32'), stored)
@@ -178,12 +180,17 @@ def test_gradient_of_a_gather_crosses_data_as_a_shard(mesh_of: Callable):
   moves = find_collectives(program)
   sums = [line for line in moves if ' all-reduce' in line]
   sums += [line for line in moves if ' reduce-scatter' in line]
-  over_data = [line for line in sums if '{{0,4},{1,5},{2,6},{3,7}}' in line]
-  over_fsdp = [line for line in sums if '{{0,1,2,3},{4,5,6,7}}' in line]
-  assert len(over_data) == len(over_fsdp) == 1
-  assert len(sums) == 2
-  assert 'f32[16,24]' in over_data[0]
-  assert len([line for line in moves if ' all-gather' in line]) == 1
+  assert len(sums) == 3
+  for groups, shape in (
+    ('{{0,1},{2,3},{4,5},{6,7}}', 'f32[64,24]'),
+    ('{{0,2},{1,3},{4,6},{5,7}}', 'f32[32,24]'),
+    ('{{0,4},{1,5},{2,6},{3,7}}', 'f32[16,24]'),
+  ):
+    [line] = [line for line in sums if groups in line]
+    assert shape in line
+  gathers = [line for line in moves if ' all-gather' in line]
+  assert len(gathers) == 2
+  assert sum('f32[32,24]' in line.split(' all-gather')[0] for line in gathers)
 
 
 def test_gather_is_in_the_dtype_of_use_and_its_gradient_in_the_stored(
@@ -293,18 +300,19 @@ def test_weights_are_born_in_their_stored_sharding_and_alike_on_every_mesh(
 
 
 def test_stored_specs_put_fsdp_on_the_first_axis_after_the_layers():
-  stored = ('fsdp', 'expert')
+  stored = ('fsdp', 'pair', 'expert')
   assert weight_spec('embed', 'mlp') == P(stored, 'tensor')
   assert weight_spec('mlp', 'embed') == P(('tensor', *stored), None)
   assert weight_spec('layers', 'embed', 'mlp') == P(None, stored, 'tensor')
-  rows = ('data', 'fsdp', 'expert')
+  rows = ('data', 'pair', 'fsdp', 'expert')
   assert spec('rows', None, 'heads') == P(rows, None, 'tensor')
 
 
 def test_stored_specs_of_experts_split_them_and_then_their_first_axis():
-  assert weight_spec('experts', 'embed', 'mlp') == P('expert', 'fsdp', 'tensor')
+  stored = ('fsdp', 'pair')
+  assert weight_spec('experts', 'embed', 'mlp') == P('expert', stored, 'tensor')
   assert weight_spec('experts', 'mlp', 'embed') == P(
-    'expert', ('tensor', 'fsdp'), None
+    'expert', ('tensor', *stored), None
   )
 
 
@@ -324,7 +332,10 @@ def test_an_unknown_logical_axis_raises():
 
 def test_an_axis_of_minus_one_takes_the_devices_left_over():
   assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {
-    'data': 2, 'fsdp': 2, 'expert': 1, 'tensor': 2
+    'data': 2, 'pair': 1, 'fsdp': 2, 'expert': 1, 'tensor': 2
+  }  # fmt: skip
+  assert dict(make_mesh(MeshConfig()).shape) == {
+    'data': 1, 'pair': 2, 'fsdp': 4, 'expert': 1, 'tensor': 1
   }  # fmt: skip
   mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:3])
   assert mesh.shape['data'] == 3

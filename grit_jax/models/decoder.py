@@ -15,7 +15,8 @@ Modules are NNX modules used as plain pytrees. Weights are stored as used, [in,
 out], and layers are stacked on a leading axis L.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from grit_jax.sharding import (
   split_rows,
 )
 
-LAYER_INPUT = 'layer_input'
+PART_INPUT = 'part_input'
 
 
 def _norm(config: ModelConfig) -> nnx.Param:
@@ -132,7 +133,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One layer."""
+  """One layer: attention, then the feed-forward part."""
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     """Draws one layer's weights."""
@@ -146,21 +147,24 @@ class Block(nnx.Module):
     self.attention_norm = _norm(config)
     self.mlp_norm = _norm(config)
 
-  def __call__(
+  def add_attention(
     self,
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
-    counted: jax.Array,
-  ) -> tuple[jax.Array, RouterStatistics | None]:
-    """Maps [B, T, D] to [B, T, D]; see `MoE` for `counted` and statistics."""
-    epsilon = self.config.norm_epsilon
+  ) -> jax.Array:
+    """Maps [B, T, D] to [B, T, D]; see `Attention`."""
     with jax.named_scope('attention'):
-      normed = rms_norm(x, self.attention_norm[...], epsilon)
-      x = x + self.attention(normed, angles, rows, attends)
+      normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
+      return x + self.attention(normed, angles, rows, attends)
+
+  def add_mlp(
+    self, x: jax.Array, counted: jax.Array
+  ) -> tuple[jax.Array, RouterStatistics | None]:
+    """Maps [B, T, D] to [B, T, D]; see `MoE` for the rest."""
     with jax.named_scope('mlp'):
-      normed = rms_norm(x, self.mlp_norm[...], epsilon)
+      normed = rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)
       if not self.config.num_experts:
         return x + self.mlp(normed), None
       out, statistics = self.moe(normed, counted)
@@ -256,12 +260,15 @@ class Decoder(nnx.Module):
 
     counted = jax.sharding.reshard(counted, spec('rows', 'seq', None))
 
-    def layer(x: jax.Array, block: Block) -> tuple:
-      x = checkpoint_name(x, LAYER_INPUT)
-      return block(x, angles, rows, attends, counted)
+    def add_attention(x: jax.Array, block: Block) -> jax.Array:
+      return block.add_attention(x, angles, rows, attends)
 
+    def add_mlp(x: jax.Array, block: Block) -> tuple:
+      return block.add_mlp(x, counted)
+
+    layer = _rematerialise(add_attention, add_mlp, remat)
     with jax.named_scope('layers'):
-      x, statistics = jax.lax.scan(_rematerialise(layer, remat), x, self.blocks)
+      x, statistics = jax.lax.scan(layer, x, self.blocks)
     x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
     return split_rows(x, rows), statistics
 
@@ -300,19 +307,64 @@ class Decoder(nnx.Module):
     )
 
 
-def _rematerialise(layer, remat: str):
-  """Applies `config.MemoryConfig.remat` to the body of the layer scan."""
-  if remat == 'none':
+def _rematerialise(
+  add_attention: Callable, add_mlp: Callable, remat: str
+) -> Callable:
+  """Returns a layer's two parts as the body of the layer scan.
+
+  Args:
+    add_attention: the first part, of `x` and a block; returns `x`.
+    add_mlp: the second part; returns `x` and the router's statistics.
+    remat: `config.MemoryConfig.remat`.
+  """
+  if remat == 'offload':
+    add_attention, add_mlp = _offload(add_attention), _offload(add_mlp)
+
+  def layer(x: jax.Array, block: Block) -> tuple:
+    return add_mlp(add_attention(x, block), block)
+
+  if remat != 'full':
     return layer
   policy = jax.checkpoint_policies.nothing_saveable
-  if remat == 'offload':
-    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
-      names_which_can_be_offloaded=[LAYER_INPUT],
-      offload_src='device',
-      offload_dst='pinned_host',
-    )
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _offload(part: Callable) -> Callable:
+  """Computes a part again for its gradient, from its input on the host.
+
+  What a part keeps for its gradient is only in memory while that is computed:
+  no part of the gradient is used before all of it is there, and the part before
+  is computed again after that.
+  """
+
+  def named(x: jax.Array, block: Block) -> Any:
+    x, block = finish_together(checkpoint_name(x, PART_INPUT), block)
+    return part(x, block)
+
+  policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[PART_INPUT],
+    offload_src='device',
+    offload_dst='pinned_host',
+  )
+  return jax.checkpoint(named, policy=policy)
+
+
+@jax.custom_vjp
+def finish_together(*trees: Any) -> tuple:
+  """Returns its arguments; no gradient of them is used before all are there.
+
+  Otherwise the compiler puts products that make weights' gradients off, to hide
+  transfers behind them, and what they read stays in memory.
+  """
+  return trees
+
+
+def _finish_backward(_: None, cotangents: tuple) -> tuple:
+  return jax.lax.optimization_barrier(cotangents)
+
+
+finish_together.defvjp(lambda *trees: (trees, None), _finish_backward)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -139,8 +139,10 @@ def _gather(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
   for name, weight in weights.items():
     # The router's logits decide, and near ties are common: float32.
     weight = weight.astype('float32' if name == 'router' else dtype)
-    axes, axis = (STORED, 0) if name == 'router' else ('fsdp', 1)
-    gathered[name] = jax.lax.all_gather(weight, axes, axis=axis, tiled=True)
+    first, axis = (STORED[1:], 0) if name == 'router' else (('pair',), 1)
+    for axes in (first, 'fsdp'):
+      weight = jax.lax.all_gather(weight, axes, axis=axis, tiled=True)
+    gathered[name] = weight
   return gathered
 
 
