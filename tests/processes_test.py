@@ -165,9 +165,3 @@ def test_processes_with_other_data_end_in_a_message(config, tmp_path):
 def test_flags_that_cannot_be_are_named(flags, message):
   with pytest.raises(ProcessError, match=message):
     processes.start_processes(*flags)
-
-
-def test_a_laptop_is_one_process():
-  processes.start_processes(None, None, None)
-  assert processes.is_first()
-  processes.check_equal('anything', 'at all')

@@ -31,8 +31,8 @@ from grit_jax.config import (
 )
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
 from grit_jax.data import formats
+from grit_jax.data.filling import Filler, RowShards
 from grit_jax.data.packing import pack
-from grit_jax.data.pipeline import Filler
 from grit_jax.data.records import GenerativeRecord, Text
 from grit_jax.data.tokenizer import make_tokenizer
 from grit_jax.models import presets
@@ -204,9 +204,12 @@ class Ours:
     ]
     lengths = np.array([len(text.ids) for text in encoded])
     packed = pack(lengths, ROW_LENGTH, SEGMENTS)
-    fill = Filler(packed, lengths, (packed.num_rows, ROW_LENGTH))
+    fill = Filler(
+      packed, lengths, packed.num_rows, ROW_LENGTH, 0, RowShards.whole(1)
+    )
+    in_instruction = [text.in_instruction for text in encoded]
     rows = fill.rows(
-      [text.ids for text in encoded], [text.in_instruction for text in encoded]
+      [text.ids for text in encoded], fill.join(in_instruction, bool)
     )
     pooled = (rows.segments > 0) & ~rows.in_instruction
     none = np.zeros((0,), np.int32)

@@ -180,7 +180,7 @@ def lower_for_tpu(kernel: str, window: int) -> str:
     sliding_window=window,
   )
   mesh = AbstractMesh(
-    (1, 2, 1, 2),
+    (1, 1, 2, 1, 2),
     sharding.AXES,
     (AxisType.Explicit,) * len(sharding.AXES),
     abstract_device=AbstractDevice('TPU v5 lite', None, platform='tpu'),
