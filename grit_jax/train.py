@@ -6,7 +6,6 @@ again with the same command, a run goes on where it stopped.
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -49,6 +48,7 @@ from grit_jax.initial import (
   open_initial,
   take_architecture,
 )
+from grit_jax.logs import quiet_libraries
 from grit_jax.loop import Loop, NonFiniteLossError
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.attention import choose_kernel
@@ -107,14 +107,7 @@ USER_ERRORS = (
 
 def main(argv: Sequence[str]) -> None:
   """Trains as the flags say; a mistake of the user's ends in one message."""
-  # Of the libraries underneath, only what may need the user's attention.
-  package = os.path.dirname(__file__)
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      record.levelno >= logging.converter.STANDARD_WARNING
-      or record.pathname.startswith(package)
-    )
-  )
+  quiet_libraries()
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   try:

@@ -1,7 +1,6 @@
 """Converts models: `python -m grit_jax.convert from_hf|to_hf --help`."""
 
 import argparse
-import os
 import re
 import sys
 import warnings
@@ -17,6 +16,7 @@ from grit_jax.convert import ConvertError
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import DTYPES, MAX_SHARD_BYTES, to_hf
 from grit_jax.data.tokenizer import TokenizerError
+from grit_jax.logs import quiet_libraries
 
 USER_ERRORS = (CheckpointError, ConfigError, ConvertError, TokenizerError)
 
@@ -71,10 +71,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 def main(flags: argparse.Namespace) -> None:
   """Converts as the flags say; a mistake of the user's ends in one message."""
   # Of the libraries underneath, nothing: their errors are raised.
-  package = os.path.dirname(os.path.dirname(__file__))
-  logging.get_absl_handler().addFilter(
-    lambda record: record.pathname.startswith(package)
-  )
+  quiet_libraries(None)
   logging.set_verbosity(logging.INFO)
   # What Orbax leaves behind when a disk is full says nothing to the user.
   warnings.filterwarnings('ignore', 'coroutine .* was never awaited')

@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 
 from grit_jax.config import (
@@ -29,6 +29,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.sources import sources
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
+from grit_jax.logs import quiet_libraries
 
 _SOURCE = flags.DEFINE_string(
   'source', None, 'Files, folders and tfds:NAME, separated by commas.'
@@ -75,13 +76,7 @@ _USER_ERRORS = (
 
 def main(argv: Sequence[str]) -> None:
   """Prepares as the flags say; a mistake of the user's ends in one message."""
-  package = os.path.dirname(os.path.dirname(__file__))
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      record.levelno >= logging.converter.STANDARD_WARNING
-      or record.pathname.startswith(package)
-    )
-  )
+  quiet_libraries()
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   values = {flag.name: flag.value for flag in _DATA}
