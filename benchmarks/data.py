@@ -141,7 +141,7 @@ def measure_steps(
     config, sets[records.EMBEDDING], sets[records.GENERATIVE], shards
   )
   planning = time.process_time() - start
-  useful, computed = np.zeros(2), np.zeros(2)
+  useful, packed, computed = np.zeros((3, 2))
   iterator = pipeline.iterate()
   start, wall = time.process_time(), time.perf_counter()
   for step in range(_STEPS.value):
@@ -151,6 +151,8 @@ def measure_steps(
       pipeline.plan.generative_step(step),
     )
     useful += [plan.lengths.sum() for plan in plans]
+    rows = [plan.packing.num_rows for plan in plans]
+    packed += np.array(rows) * config.data.row_length
     batch = host.batch
     rows = [len(batch.embedding.pooled), len(batch.generative.loss_weights)]
     computed += np.array(rows) * _HOSTS.value * config.data.row_length
@@ -164,8 +166,11 @@ def measure_steps(
     'built_tokens_per_second': (
       useful.sum() / _HOSTS.value / (time.perf_counter() - wall)
     ),
-    'useful_fraction_embedding': useful[0] / computed[0],
-    'useful_fraction_generative': useful[1] / computed[1],
+    # Of the rows that hold texts, and of all that a step computes: a device has
+    # as many rows as any other, so a step is padded to a multiple of shards.
+    'useful_of_packed_embedding': useful[0] / packed[0],
+    'useful_of_packed_generative': useful[1] / packed[1],
+    'useful_of_computed': useful.sum() / computed.sum(),
     'mib_before_planning': before,
     'mib_after_steps': current_mib(),
   }
