@@ -30,7 +30,7 @@ What one step takes, compiled and not measured, for packed rows of 2048 tokens;
 backward pass:
 
   topology      rows        GiB a chip  executed  flags
-  v5e:8x8       512 + 256        11.87     1.286
+  v5e:8x8       512 + 256        11.88     1.286
   v5e:4x8       512 + 256        10.95     1.262  remat=offload (24 on hosts)
   v5e:4x4       512 + 256        11.36     1.483  remat=offload chunk_rows=64
   v5e:8x8       4352 + 256        6.44     1.600  chunk_rows=256

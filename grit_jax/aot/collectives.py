@@ -75,10 +75,29 @@ def find_collectives(
     by_channel.setdefault(channel, []).append(site)
   found = [
     _describe(module, sites, chips_per_slice, slices)
-    for sites in by_channel.values()
+    for shared in by_channel.values()
+    for sites in _part(shared)
   ]
   found = [each for each in found if each.bytes >= MIN_BYTES]
   return sorted(found, key=lambda each: -each.bytes * each.times)
+
+
+def _part(sites: list[_Site]) -> list[list[_Site]]:
+  """Parts the sites of one channel into those of each collective.
+
+  The pieces of an asynchronous one share its channel. But all those of a
+  `shard_map`, and some copies that the compiler makes, have the channel 1.
+  """
+  kinds = {
+    (_kind(site.found), *((x.dtype, x.shape) for x in site.found.result))
+    for site in sites
+  }
+  if len(kinds) == 1:
+    return [sites]
+  by_name: dict[str, list[_Site]] = {}
+  for site in sites:
+    by_name.setdefault(site.found.name, []).append(site)
+  return list(by_name.values())
 
 
 def _kind(instruction: hlo.Instruction) -> str:
