@@ -164,7 +164,8 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     config.attention_kernel,
   )
   workdir.mkdir(parents=True, exist_ok=True)
-  found = sources(config.data.paths, workdir / 'tfds')
+  disk = epath.Path(config.data.cache_dir or workdir)
+  found = sources(config.data.paths, disk / 'tfds')
   check_kinds(config, found)
 
   tokenizer = _find_tokenizer(config, workdir, found, initial)

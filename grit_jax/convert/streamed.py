@@ -1,5 +1,6 @@
 """Writes a checkpoint a slice at a time, so that no array is ever whole."""
 
+import asyncio
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +49,7 @@ async def _write(
   store = None
   for index, part in value.parts():
     if store is None:
-      store = await tensorstore.open(
+      store = tensorstore.open(
         {
           'driver': 'zarr',
           'kvstore': checkpoint.kvstore(folder),
@@ -63,8 +64,11 @@ async def _write(
         },
         create=True,
         context=info.ts_context,
-      )
-    await store[index].write(part)
+      ).result()
+    # Not awaited: after a Ctrl-C the event loop ends at once, and a write that
+    # still goes on would complain of that. It may end between two parts.
+    store[index].write(part).result()
+    await asyncio.sleep(0)
 
 
 def _chunk_shape(value: StreamedArray, leading: int) -> list[int]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from grit_jax.data import lines, records
+from grit_jax.data.folders import lock
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
 
@@ -192,18 +194,30 @@ class TfdsSource(Source):
     """Gives the name as `sources` takes it."""
     return _TFDS_PREFIX + self._tfds_name
 
-  @functools.cached_property
-  def _builder(self) -> Any:
+  def _open_builder(self) -> Any:
     import tensorflow_datasets as tfds
 
     try:
       # Of the formats that TFDS writes, the one it reads without TensorFlow.
-      builder = tfds.builder(
+      return tfds.builder(
         self._tfds_name, data_dir=self._tfds_dir, file_format='array_record'
       )
     except tfds.core.DatasetNotFoundError as error:
       raise RecordError(f'{self}: TFDS knows no such data set') from error
-    builder.download_and_prepare()
+
+  @functools.cached_property
+  def _builder(self) -> Any:
+    builder = self._open_builder()
+    if '://' in os.fspath(builder.data_dir):
+      builder.download_and_prepare()
+    else:
+      # Of several processes one builds it; in the others TFDS would fail.
+      place = pathlib.Path(builder.data_dir)
+      place.parent.mkdir(parents=True, exist_ok=True)
+      with lock(place):
+        # Opened anew: another one may have built it meanwhile.
+        builder = self._open_builder()
+        builder.download_and_prepare()
     if not {'json', 'query', 'text'} & set(builder.info.features):
       raise RecordError(
         f'{self}: found the features {sorted(builder.info.features)}, '

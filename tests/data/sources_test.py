@@ -1,9 +1,12 @@
 """Tests of where records come from."""
 
+import concurrent.futures
 import gzip
 import json
 import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -285,6 +288,31 @@ def test_features_of_a_tfds_data_set_may_be_the_fields(tmp_path):
     )
     for i in range(3)
   ]
+
+
+def test_a_tfds_data_set_is_built_once_for_all_who_want_it(
+  tmp_path, monkeypatch
+):
+  built, together = [], threading.Barrier(4)
+  prepare = TinyRecords.download_and_prepare
+
+  def count(self, **arguments):
+    exists = pathlib.Path(self.data_dir).exists()
+    time.sleep(0.2)  # for the others to look, if nothing holds them
+    prepare(self, **arguments)
+    built.append(not exists)
+
+  monkeypatch.setattr(TinyRecords, 'download_and_prepare', count)
+
+  def read(_: int) -> list:
+    together.wait()
+    (source,) = sources.sources('tfds:tiny_records/chat', tmp_path)
+    return list(source.read(0.0))
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    first, *others = pool.map(read, range(4))
+  assert first and others == [first] * 3
+  assert sorted(built) == [False, False, False, True]
 
 
 def test_an_unknown_tfds_data_set_is_named(tmp_path):
