@@ -1,7 +1,7 @@
 """The quickstart with experts: a small Mixtral on the same text.
 
 As GritLM-8x7B (arXiv 2402.09906): two of the experts a token, and Mixtral's
-load-balancing loss on the generative rows. Two CPU cores take about seven
+load-balancing loss on the generative rows. Two CPU cores take about eight
 minutes:
 
   python -m grit_jax.train --config=configs/quickstart_moe.py \
