@@ -74,8 +74,9 @@ class Pipeline:
       )
 
   def _count_rows(self, step: int) -> tuple[int, int]:
-    plans = (self.plan.embedding_step(step), self.plan.generative_step(step))
-    return tuple(plan.packing.num_rows if plan else 0 for plan in plans)
+    return _rows_of(
+      self.plan.embedding_step(step), self.plan.generative_step(step)
+    )
 
   def _round_up(self, counts: Sequence[int]) -> tuple[int, int]:
     """Rounds rows up to whole chunks, or to what the shards divide."""
@@ -106,7 +107,7 @@ class Pipeline:
     embedding_plan = self.plan.embedding_step(step)
     generative_plan = self.plan.generative_step(step)
     plans = (embedding_plan, generative_plan)
-    counts = tuple(plan.packing.num_rows if plan else 0 for plan in plans)
+    counts = _rows_of(*plans)
     rows = self._choose_shape(step, counts)
     embedding = generative = None
     if embedding_plan:
@@ -194,6 +195,16 @@ class Pipeline:
     # One thread reads ahead while the step runs; the order is the plan's.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(steps.to_iter_dataset(options))
+
+
+def _rows_of(
+  embedding: EmbeddingPlan | None, generative: GenerativePlan | None
+) -> tuple[int, int]:
+  """Returns the packed rows of a step's streams; 0 of an absent one."""
+  return (
+    embedding.packing.num_rows if embedding else 0,
+    generative.packing.num_rows if generative else 0,
+  )
 
 
 def reduction_weights(
