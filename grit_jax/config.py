@@ -493,9 +493,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """The evaluation on held-out records, before and after training."""
+  """The evaluation on held-out records: before, during and after training."""
 
   enabled: bool = True
+  # Steps from one evaluation to the next, whose figures are then among the
+  # metrics, with those of the first and the last step; 0: only before and after
+  # training.
+  every_steps: int = 0
   # The share of a .jsonl file's records that is held out of training. A TFDS
   # data set holds out its `test` split instead.
   held_out_fraction: float = 0.05
@@ -513,6 +517,15 @@ class EvaluationConfig:
       'max_conversations',
       'rows',
       'generated_tokens',
+    )
+    _check(
+      self.every_steps >= 0,
+      f'evaluation.every_steps={self.every_steps} is negative; 0 is off.',
+    )
+    _check(
+      self.enabled or not self.every_steps,
+      f'evaluation.every_steps={self.every_steps}, but evaluation.enabled is '
+      'False.',
     )
     _check(
       0 <= self.held_out_fraction < 1,

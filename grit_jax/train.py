@@ -202,7 +202,7 @@ def _run(
   checkpoints: Checkpoints,
   stop: StopOnSignal,
 ) -> dict[str, Any]:
-  """Trains on what is prepared, and evaluates before and after."""
+  """Trains on what is prepared; evaluates before, at times, and after."""
   mesh = jax.sharding.get_mesh()
   _check_same_run(config, checkpoints)
   _write_json(workdir / 'config.json', dataclasses.asdict(config))
@@ -216,7 +216,7 @@ def _run(
     dict(mesh.shape),
   )
 
-  evaluation = None
+  evaluation = before = None
   if any(held_out.values()):
     evaluation = HeldOutEvaluation(
       config,
@@ -225,7 +225,7 @@ def _run(
       held_out[records.EMBEDDING],
       held_out[records.GENERATIVE],
     )
-    _evaluate_before(workdir, evaluation, state, start)
+    before = _evaluate_before(workdir, evaluation, state, start)
 
   schedule = optimizers.make_schedule(config.optimizer, config.steps)
   options = compiler_options(mesh.devices.flat[0])
@@ -240,7 +240,9 @@ def _run(
     MetricsWriter(workdir, start, config.steps) as writer,
     Profile(config.profile, workdir) as profile,
   ):
-    loop = Loop(config, pipeline, checkpoints, writer, profile)
+    if before is not None and config.evaluation.every_steps:
+      writer.write_evaluation(0, before)
+    loop = Loop(config, pipeline, checkpoints, writer, profile, evaluation)
     state, step = loop.run(train_step, state, batches, mesh, save, stop)
   if step < config.steps:
     logging.info(
@@ -385,14 +387,15 @@ def _evaluate_before(
   evaluation: HeldOutEvaluation,
   state: TrainState,
   start: int,
-) -> None:
-  """Evaluates the untrained model and the baselines, once a run."""
+) -> dict[str, float] | None:
+  """Evaluates the baselines and, from step 0, the model that it begins with."""
   path = workdir / 'evaluation.json'
   if start and path.exists():
-    return
+    return None
   logging.info('Evaluating before training.')
   before = evaluation.evaluate(state.model) if not start else None
   _write_json(path, {'before': before, **evaluation.baselines()})
+  return before
 
 
 def _evaluate_after(

@@ -199,6 +199,7 @@ WRONG = [
   ('checkpoint.keep', 0),
   ('evaluation.held_out_fraction', 1.0),
   ('evaluation.held_out_fraction', -0.1),
+  ('evaluation.every_steps', -1),
   *(
     (f'evaluation.{name}', 0)
     for name in ('max_queries', 'max_conversations', 'rows', 'generated_tokens')
@@ -261,6 +262,14 @@ def test_an_architecture_of_init_from_needs_one_and_nothing_beside_it():
   of_init_from.model.num_layers = 3
   with pytest.raises(ConfigError, match=r'model\.num_layers=3 is set, but'):
     resolve(of_init_from)
+
+
+def test_evaluations_at_intervals_need_the_evaluation():
+  values = make_config()
+  values.evaluation.enabled, values.evaluation.every_steps = False, 10
+  message = r'evaluation\.every_steps=10, but evaluation\.enabled is False'
+  with pytest.raises(ConfigError, match=message):
+    resolve(values)
 
 
 @pytest.mark.parametrize('kind', ['query', 'passage', 'generative'])
