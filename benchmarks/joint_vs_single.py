@@ -7,14 +7,15 @@ The paper's central claim (arXiv 2402.09906, tables 1 and 2) at the scale of
 `--scale`: `cpu` takes about 40 minutes on two cores, and `h200` is for one such
 GPU. On all of the installed Python code, held out by package, it trains
 
-- a base model: plain text, generative objective, once. The paper's runs start
-  from a pretrained model as well, and a common start leaves the runs of a seed
-  apart in their objective alone;
-- from it `unified`, `embedding only` and `generative only`, several seeds each.
-  A seed decides the order of the data and the negatives. The runs of one seed
-  see the same batches: a specialist the pairs, or the conversations, of the
-  unified run, in as many steps;
+- `unified`, `embedding only` and `generative only`, several seeds each. A seed
+  decides the first weights, the order of the data and the negatives. The runs
+  of one seed start from the same weights and see the same batches: a specialist
+  the pairs, or the conversations, of the unified run, in as many steps;
 - the same of unified with one change (`VARIANTS` in `joint/plan.py`).
+
+The weights are drawn at random, where the paper's are of a pretrained model: a
+small model that was trained to generate for a few minutes embeds no better than
+chance, and would spend half of a run to get where a random one begins.
 
 Each run is `grit_jax.train.train` in a workdir of its own. Started again with
 the same folder, the benchmark goes on, and repeats no run that has ended. It
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> None:
   # Runs that differ in their seed alone are mostly the same programs.
   jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
   sizes = plan.make_corpus(scale, folder)
-  plan.run_once(plan.make_base_config(scale, folder), folder / 'base')
   output = pathlib.Path(_OUTPUT.value or folder / 'results.json')
   runs, tables = [], ''
   for number, (variant, changes, seed) in enumerate(planned, 1):

@@ -8,7 +8,7 @@ negatives are is `grit_jax.data.standard_library`'s. Three data sets of pairs:
 - `summaries`: a source finds its docstring. These are functions and methods of
   their own, so that no query is a candidate;
 
-then `conversations` about all of them, and `plain`, their text to pretrain on.
+and `conversations` about all of them.
 """
 
 import json
@@ -111,8 +111,7 @@ def data_set_of(function: Function) -> str:
 def make_records(packages: Packages) -> dict[str, list[dict]]:
   """Returns the records of a split, by data set."""
   made: dict[str, list[dict]] = {
-    name: []
-    for name in ('functions', 'methods', 'summaries', 'conversations', 'plain')
+    name: [] for name in ('functions', 'methods', 'summaries', 'conversations')
   }
   for functions in packages.values():
     sets: dict[str, list[Function]] = {}
@@ -125,9 +124,6 @@ def make_records(packages: Packages) -> dict[str, list[dict]]:
         made[name] += make(ones)
     if len(functions) >= MINIMUM_FUNCTIONS:
       made['conversations'] += standard_library.generative_records(functions)
-    made['plain'] += [
-      {'text': f'# {one.docstring}\n{one.source}'} for one in functions
-    ]
   return made
 
 

@@ -23,6 +23,8 @@ from grit_jax.config import (
   ObjectiveConfig,
   OptimizerConfig,
 )
+from grit_jax.data import preparation
+from grit_jax.data.sources import sources
 from grit_jax.models import presets
 
 # The core, which runs first and with more seeds; then one change of it each.
@@ -49,7 +51,10 @@ VARIANTS = {
   'batches halved': {'batches': 0.5},
   'batches doubled': {'batches': 2},
 }
-PAIRS = ('functions', 'methods', 'summaries')
+DATA = ','.join(
+  f'tfds:code_{name}'
+  for name in ('functions', 'methods', 'summaries', 'conversations')
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +65,11 @@ class Scale:
     per_package: functions of a package at most, in train and in test.
     packages: at most; 0: all.
     model: its architecture.
-    tokenizer_pieces: of the tokenizer, trained on the plain text.
+    tokenizer_pieces: of the tokenizer, trained on train.
     text_tokens: of a query and of a passage at most.
     row_tokens: of a row, and of a conversation at most.
     embedding_batch: pairs a step.
     generative_batch: conversations a step.
-    pretraining_batch: plain texts a step of the base model.
-    pretraining_steps: of the base model.
-    pretraining_rate: its learning rate.
     steps: of each run.
     learning_rate: of each run.
     seeds: of the core, and of the variants.
@@ -81,9 +83,6 @@ class Scale:
   row_tokens: int
   embedding_batch: int
   generative_batch: int
-  pretraining_batch: int
-  pretraining_steps: int
-  pretraining_rate: float
   steps: int
   learning_rate: float
   seeds: tuple[int, int]
@@ -100,9 +99,6 @@ SCALES = {
     row_tokens=192,
     embedding_batch=8,
     generative_batch=8,
-    pretraining_batch=8,
-    pretraining_steps=2,
-    pretraining_rate=1e-3,
     steps=2,
     learning_rate=1e-3,
     seeds=(1, 1),
@@ -111,17 +107,14 @@ SCALES = {
     per_package=(250, 60),
     packages=0,
     model=dataclasses.replace(
-      presets.small(), embed_dim=128, head_dim=32, mlp_dim=384
+      presets.small(), embed_dim=192, num_layers=1, head_dim=48, mlp_dim=384
     ),
     tokenizer_pieces=4096,
     text_tokens=64,
     row_tokens=160,
     embedding_batch=32,
     generative_batch=16,
-    pretraining_batch=32,
-    pretraining_steps=300,
-    pretraining_rate=3e-3,
-    steps=110,
+    steps=150,
     learning_rate=2e-3,
     seeds=(3, 2),
   ),
@@ -137,71 +130,46 @@ SCALES = {
     row_tokens=512,
     embedding_batch=512,
     generative_batch=128,
-    pretraining_batch=512,
-    pretraining_steps=2000,
-    pretraining_rate=6e-4,
-    steps=400,
-    learning_rate=1e-4,
+    steps=2000,
+    learning_rate=5e-4,
     seeds=(5, 3),
   ),
 }  # fmt: skip
-
-
-def make_base_config(scale: Scale, folder: pathlib.Path) -> Config:
-  """Returns the configuration of the base model's run."""
-  return Config(
-    model=scale.model,
-    objective=ObjectiveConfig(mode='generative', generative_reduction='token'),
-    data=DataConfig(
-      paths='tfds:code_plain',
-      tokenizer_pieces=scale.tokenizer_pieces,
-      cache_dir=str(folder / 'corpus'),
-      generative_batch=scale.pretraining_batch,
-      max_query_tokens=scale.text_tokens,
-      max_passage_tokens=scale.text_tokens,
-      max_generative_tokens=scale.row_tokens,
-      row_length=scale.row_tokens,
-      max_segments=32,
-      row_buckets=1,
-    ),
-    optimizer=OptimizerConfig(
-      learning_rate=scale.pretraining_rate,
-      warmup_fraction=0.05,
-      schedule='cosine',
-    ),
-    memory=MemoryConfig(remat='none'),
-    checkpoint=CheckpointConfig(every_steps=100, keep=1),
-    evaluation=EvaluationConfig(enabled=False),
-    steps=scale.pretraining_steps,
-  )
 
 
 def make_config(
   scale: Scale, folder: pathlib.Path, changes: dict[str, Any], seed: int
 ) -> Config:
   """Returns the configuration of a run: the recipe's, with changes."""
-  base = make_base_config(scale, folder)
   share = changes.get('batches', 1)
-  names = ', '.join(f'tfds:code_{name}' for name in (*PAIRS, 'conversations'))
-  config = dataclasses.replace(
-    base,
-    model=dataclasses.replace(presets.of_init_from(), dtype=scale.model.dtype),
+  config = Config(
+    model=scale.model,
     objective=ObjectiveConfig(mixed_groups=4),
-    data=dataclasses.replace(
-      base.data,
-      paths=names,
+    data=DataConfig(
+      paths=DATA,
+      tokenizer=str(folder / 'tokenizer.model'),
+      tokenizer_pieces=scale.tokenizer_pieces,
+      cache_dir=str(folder / 'corpus'),
       embedding_batch=int(scale.embedding_batch * share),
       generative_batch=int(scale.generative_batch * share),
       mixing='none',
+      max_query_tokens=scale.text_tokens,
+      max_passage_tokens=scale.text_tokens,
+      max_generative_tokens=scale.row_tokens,
+      row_length=scale.row_tokens,
+      max_segments=32,
       row_buckets=2,
     ),
-    optimizer=dataclasses.replace(
-      base.optimizer, learning_rate=scale.learning_rate
+    optimizer=OptimizerConfig(
+      learning_rate=scale.learning_rate,
+      warmup_fraction=0.05,
+      schedule='cosine',
     ),
+    memory=MemoryConfig(remat='none'),
+    checkpoint=CheckpointConfig(every_steps=100, keep=1),
     evaluation=EvaluationConfig(
       max_queries=2000, max_conversations=500, rows=64
     ),
-    init_from=str(folder / 'base'),
     steps=int(scale.steps / share),
     seed=seed,
   )
@@ -243,13 +211,21 @@ def check_settings(scale: Scale, folder: pathlib.Path) -> None:
 
 
 def make_corpus(scale: Scale, folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the sizes of the corpus, which is written if it is not there."""
+  """Returns the sizes of the corpus, which is written if it is not there.
+
+  With it comes the tokenizer of all runs.
+  """
   path = folder / 'corpus.json'
   if not path.exists():
     sizes = corpus.write_corpus(
       folder / 'corpus' / 'tfds',
       dict(zip(corpus.SPLITS, scale.per_package, strict=True)),
       scale.packages,
+    )
+    preparation.train_or_load_tokenizer(
+      make_config(scale, folder, {}, 0),
+      epath.Path(folder),
+      sources(DATA, folder / 'corpus' / 'tfds'),
     )
     path.write_text(json.dumps(sizes, indent=2))
   return json.loads(path.read_text())

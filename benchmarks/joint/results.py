@@ -27,24 +27,24 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, Figures]]:
       `before`, as in `evaluation.json`.
 
   Returns:
-    `before`: the model that all start from, and TF-IDF. `variants`: after
+    `before`: TF-IDF, and the unified runs before they train. `variants`: after
     training. `unified_less`: the unified run's metrics less those of a variant,
     seed by seed.
   """
-  before: dict[str, Figures] = {}
   found: dict[str, dict[str, dict[int, float]]] = {}
   for run in runs:
     for metric in METRICS:
       if metric in run['after']:
         of_variant = found.setdefault(run['variant'], {})
         of_variant.setdefault(metric, {})[run['seed']] = run['after'][metric]
-  for run in runs[:1]:
-    for name, key in (('base model', 'before'), ('TF-IDF', 'tfidf')):
-      before[name] = {
-        metric: describe([run[key][metric]])
-        for metric in METRICS
-        if metric in run.get(key, {})
-      }
+  untrained = [run['before'] for run in runs if run['variant'] == UNIFIED]
+  before: dict[str, Figures] = {}
+  for name, rows in (('TF-IDF', [runs[0]['tfidf']]), ('untrained', untrained)):
+    before[name] = {
+      metric: describe([row[metric] for row in rows])
+      for metric in METRICS
+      if rows and metric in rows[0]
+    }
   unified_less: dict[str, Figures] = {}
   for variant, metrics in found.items():
     for metric, values in metrics.items():
