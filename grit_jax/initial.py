@@ -29,6 +29,8 @@ from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.projections import projection_axes
+from grit_jax.models.quantization import put_weights, quantize_weight
 
 PROJECTION = ('projection', 'projection_bias')
 
@@ -167,7 +169,10 @@ def take_architecture(config: Config, initial: InitialModel) -> Config:
 
 
 def load_model(
-  config: Config, initial: InitialModel, key: jax.Array
+  config: Config,
+  initial: InitialModel,
+  key: jax.Array,
+  quantization: str = '',
 ) -> Decoder:
   """Reads the weights onto the current mesh.
 
@@ -175,9 +180,15 @@ def load_model(
     config: After `take_architecture`.
     initial: What to read.
     key: For what the model has not, a projection.
+    quantization: Empty, or one of `quantization.KINDS`. The layers' weights are
+      quantised as they are read, one after the other: no more than one of them,
+      of all layers, is there in `config.model.param_dtype`.
 
   Returns:
-    The decoder, in `config.model.param_dtype`.
+    The decoder, in `config.model.param_dtype` but for what is quantised.
+
+  Raises:
+    MeshError: What is quantised does not divide over the mesh.
   """
   abstract = jax.eval_shape(lambda: Decoder(config.model, key))
   mesh = jax.sharding.get_mesh()
@@ -192,22 +203,28 @@ def load_model(
         if path in names
       }
     )(key)
-  paths, types = zip(*flatten(abstract).items(), strict=True)
-  loaded = []
+  weights = flatten(abstract)
+  axes = projection_axes(config.model) if quantization else {}
+  quantized = {}
   progress = tqdm(
-    total=sum(x.size * x.dtype.itemsize for x in types),
+    total=sum(x.size * x.dtype.itemsize for x in weights.values()),
     desc=f'Reading {initial.where}',
     unit='B',
     unit_scale=True,
     disable=jax.process_index() != 0,
   )
   with progress:
-    for path, x in zip(paths, types, strict=True):
-      loaded.append(
-        drawn[path] if path in drawn else _load(initial, mesh, path, x)
-      )
+    for path, x in list(weights.items()):
+      weight = drawn[path] if path in drawn else _load(initial, mesh, path, x)
+      if path in axes:
+        quantized[path] = quantize_weight(weight, axes[path], quantization)
+        # Its own bytes are free before the next one is read.
+        jax.block_until_ready(quantized[path])
+      else:
+        weights[path] = weight
       progress.update(x.size * x.dtype.itemsize)
-  return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+  structure = jax.tree.structure(abstract)
+  return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
 
 
 def _load(

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import ModelConfig
 from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
-from grit_jax.sharding import ROWS, STORED, spec, weight_spec
+from grit_jax.sharding import ROWS, STORED, gather, spec, weight_spec
 
 # The axes of the weights.
 LOGICAL = {
@@ -116,17 +116,27 @@ class MoE(nnx.Module):
       The outputs, and the statistics of all devices' tokens.
     """
     weights = {name: getattr(self, name)[...] for name in LOGICAL}
+    # What is quantised is gathered before: it needs no gradient.
+    whole = {
+      name: gather(weight, *LOGICAL[name], dtype=self.config.dtype)
+      for name, weight in weights.items()
+      if not isinstance(weight, jax.Array)
+    }
+    stored = {
+      name: weight for name, weight in weights.items() if name not in whole
+    }
     rows = spec('rows', 'seq', 'embed')
     return jax.shard_map(
       partial(_mix, k=self.config.experts_per_token, dtype=self.config.dtype),
       in_specs=(
         rows,
         spec('rows', 'seq', None),
-        {name: weight_spec(*logical) for name, logical in LOGICAL.items()},
+        {name: weight_spec(*LOGICAL[name]) for name in stored},
+        {name: spec(*LOGICAL[name]) for name in whole},
       ),
       out_specs=(rows, P()),
       check_vma=False,
-    )(x, counted, weights)
+    )(x, counted, stored, whole)
 
 
 def _gather(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
@@ -149,14 +159,15 @@ def _gather(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
 def _mix(
   x: jax.Array,
   counted: jax.Array,
-  weights: dict[str, jax.Array],
+  stored: dict[str, jax.Array],
+  whole: dict[str, jax.Array],
   *,
   k: int,
   dtype: str,
 ) -> tuple[jax.Array, RouterStatistics]:
   """The whole on one device's rows, [b, T, D]; see `MoE.__call__`."""
   tokens = x.reshape(-1, x.shape[-1])
-  weights = _gather(weights, dtype)
+  weights = _gather(stored, dtype) | whole
   with jax.named_scope('route'):
     logits = jnp.einsum(
       'nd,de->ne',
