@@ -6,6 +6,8 @@ shards of its own devices alone, one weight after the other.
 
 import abc
 import dataclasses
+import operator
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -206,14 +208,7 @@ def load_model(
   weights = flatten(abstract)
   axes = projection_axes(config.model) if quantization else {}
   quantized = {}
-  progress = tqdm(
-    total=sum(x.size * x.dtype.itemsize for x in weights.values()),
-    desc=f'Reading {initial.where}',
-    unit='B',
-    unit_scale=True,
-    disable=jax.process_index() != 0,
-  )
-  with progress:
+  with _show_reading(initial, weights) as progress:
     for path, x in list(weights.items()):
       weight = drawn[path] if path in drawn else _load(initial, mesh, path, x)
       if path in axes:
@@ -225,6 +220,63 @@ def load_model(
       progress.update(x.size * x.dtype.itemsize)
   structure = jax.tree.structure(abstract)
   return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
+
+
+def load_unstacked(
+  config: Config, initial: InitialModel, quantization: str = ''
+) -> Decoder:
+  """Reads the weights as `Decoder.unstack` gives them, layer by layer.
+
+  Args:
+    config: With the architecture of `initial`, and its projection.
+    initial: What to read.
+    quantization: As of `load_model`.
+
+  Returns:
+    The decoder, in `config.model.param_dtype` but for what is quantised.
+
+  Raises:
+    MeshError: What is quantised does not divide over the mesh.
+  """
+  key = jax.random.key(0)
+  abstract = jax.eval_shape(lambda: Decoder(config.model, key).unstack())
+  mesh = jax.sharding.get_mesh()
+  weights = flatten(abstract)
+  axes = projection_axes(config.model) if quantization else {}
+  quantized = {}
+  with _show_reading(initial, weights) as progress:
+    for path, x in list(weights.items()):
+      weight = _load(initial, mesh, path, x)
+      stacked, _ = _locate(path)
+      if stacked in axes:
+        one = quantize_weight(weight[None], axes[stacked], quantization)
+        quantized[path] = jax.tree.map(operator.itemgetter(0), one)
+        jax.block_until_ready(quantized[path])
+      else:
+        weights[path] = weight
+      progress.update(x.size * x.dtype.itemsize)
+  structure = jax.tree.structure(abstract)
+  return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
+
+
+def _show_reading(
+  initial: InitialModel, weights: Mapping[str, jax.ShapeDtypeStruct]
+) -> tqdm:
+  return tqdm(
+    total=sum(x.size * x.dtype.itemsize for x in weights.values()),
+    desc=f'Reading {initial.where}',
+    unit='B',
+    unit_scale=True,
+    disable=jax.process_index() != 0,
+  )
+
+
+def _locate(path: str) -> tuple[str, tuple[int, ...]]:
+  """Returns a weight's path among stacked layers, and its layer if any."""
+  first, *rest = path.split('/')
+  if rest and rest[0].isdigit():
+    return '/'.join([first, *rest[1:]]), (int(rest[0]),)
+  return path, ()
 
 
 def _load(
@@ -247,7 +299,10 @@ def _load(
     )
     key = tuple((s.start, s.stop) for s in bounds)
     if key not in parts:
-      parts[key] = initial.read(path, bounds, np.dtype(x.dtype))
+      stacked, layer = _locate(path)
+      bounds = (*(slice(i, i + 1) for i in layer), *bounds)
+      part = initial.read(stacked, bounds, np.dtype(x.dtype))
+      parts[key] = part[0] if layer else part
     return parts[key]
 
   return jax.make_array_from_callback(x.shape, sharding, read)

@@ -1,6 +1,5 @@
 """The projections of a layer: the matrices that are quantised and adapted."""
 
-import functools
 from typing import Any
 
 from grit_jax.config import ModelConfig
@@ -36,4 +35,6 @@ def projection_axes(model: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 def find_part(model: Any, path: str) -> Any:
   """Returns the module or weight of a decoder with a path."""
-  return functools.reduce(getattr, path.split('/'), model)
+  for name in path.split('/'):
+    model = model[int(name)] if name.isdigit() else getattr(model, name)
+  return model
