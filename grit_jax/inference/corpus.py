@@ -169,6 +169,10 @@ class CorpusWriter:
       RecordError: The corpus is not what it must be.
       SearchIndexError: The folder was begun with something else.
     """
+    if '://' in os.fspath(folder) or os.path.isfile(folder):
+      raise SearchIndexError(
+        f'{folder}: not a folder of a local or mounted disk'
+      )
     self._source, self._folder = source, pathlib.Path(folder)
     self._dtype, self._shard_documents = dtype, shard_documents
     self._settings = {
@@ -226,8 +230,6 @@ def _open_begun(
   Raises:
     SearchIndexError: It was begun with something else.
   """
-  if '://' in str(folder) or (folder.exists() and not folder.is_dir()):
-    raise SearchIndexError(f'{folder}: not a folder of a local or mounted disk')
   if not (folder / INDEX).exists():
     with folders.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)

@@ -181,15 +181,10 @@ class Shard:
       SearchIndexError: The first difference; the message names the file and,
         where there is one, the row or the line, both from 1.
     """
+    largest = 0.0
     for start in range(0, self._stated['rows'], _CHECK_ROWS):
       rows = self.embeddings[start : start + _CHECK_ROWS]
-      largest = self._check_rows(start, rows) / _NORM_SLACK
-      if largest > self._stated['largest_norm']:
-        raise SearchIndexError(
-          f'{self.embeddings_path}: rows {start + 1} to {start + len(rows)}: '
-          f'one has the length {largest:g}, more than what is stated, '
-          f'{self._stated["largest_norm"]:g}'
-        )
+      largest = max(largest, self._check_rows(start, rows))
     self._check_documents()
     for name, digest in self._stated['sha256'].items():
       path = self.documents_path.with_name(name)
@@ -198,6 +193,11 @@ class Shard:
           f'{path}: its SHA-256 is not what is stated: the file was changed, '
           'or is damaged'
         )
+    if largest > self._stated['largest_norm'] * _NORM_SLACK:
+      raise SearchIndexError(
+        f'{self.embeddings_path}: an embedding has the length {largest:g}, '
+        f'more than largest_norm={self._stated["largest_norm"]:g}'
+      )
 
   def _check_rows(self, start: int, rows: np.ndarray) -> float:
     """Checks rows from `start`; returns a bound on their length."""

@@ -324,6 +324,13 @@ def edit_bytes(old: bytes, new: bytes):
   return edit
 
 
+def edit_index(path: pathlib.Path) -> None:
+  path = path.with_name('index.json')
+  fields = json.loads(path.read_text())
+  fields['shards'][1]['largest_norm'] = 0.5
+  path.write_text(json.dumps(fields))
+
+
 @pytest.mark.parametrize(
   ('name', 'edit', 'fault'),
   [
@@ -339,6 +346,11 @@ def edit_bytes(old: bytes, new: bytes):
       'embeddings-00001.npy',
       lambda path: path.write_bytes(path.read_bytes()[:-1]),
       'cannot be read',
+    ),
+    (
+      'embeddings-00001.npy',
+      edit_index,
+      'an embedding has the length 1, more than largest_norm=0.5',
     ),
     ('embeddings-00001.npy', pathlib.Path.unlink, 'cannot be read'),
     ('documents-00001.jsonl', pathlib.Path.unlink, 'cannot be read'),
