@@ -52,18 +52,23 @@ def search(
   """Finds the documents with the largest inner products.
 
   Args:
-    index: K documents or more; all are found where there are fewer.
+    index: What to search; all of it is found if it has less than k documents.
     queries: float32 [Q, D], finite.
     k: How many documents.
 
   Returns:
     Scores, float32 [Q, k], the best first, and the documents' numbers, int64
     [Q, k]. Scores are float64 sums rounded to float32.
+
+  Raises:
+    ValueError: Scores may overflow.
   """
   k = min(k, len(index))
   scores = np.empty((len(queries), k), np.float32)
   numbers = np.empty((len(queries), k), np.int64)
   lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+  if (lengths * index.largest_norm > np.finfo(np.float32).max).any():
+    raise ValueError('queries are so long that scores overflow float32')
   terms = queries.shape[1] + _FURTHER_TERMS
   margins = terms * _ROUNDOFF * lengths * index.largest_norm
   pending = np.arange(len(queries))
@@ -76,10 +81,8 @@ def search(
       exact = _score(index, queries[query], found)
       best = np.argsort(-exact, kind='stable')[:k]
       scores[query], numbers[query] = exact[best], found[best]
-      # `not <` rather than `>=`: it holds for NaN, from an overflow.
-      if len(found) < len(index) and not (
-        bound + margins[query] < scores[query, -1]
-      ):
+      least = scores[query, -1]
+      if len(found) < len(index) and bound + margins[query] >= least:
         unproven.append(query)
     pending = np.array(unproven, np.int64)
     count *= _MORE_CANDIDATES
@@ -176,6 +179,8 @@ def _place_rows(mesh: Mesh, index: 'Index', first: int, rows: int) -> jax.Array:
   def read(place: tuple[slice, ...]) -> np.ndarray:
     start = first + (place[0].start or 0)
     found = index.rows(start, start + rows)
+    if len(found) == rows:
+      return found
     return np.pad(found, ((0, rows - len(found)), (0, 0)))
 
   return jax.make_array_from_callback(

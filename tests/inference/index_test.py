@@ -104,13 +104,20 @@ def test_search_is_the_definition_on_any_mesh_with_ties(
       check_found(index, queries, 10, expected)
 
 
-def test_more_ties_than_candidates_are_found_by_number(tmp_path, rng):
+def test_more_ties_than_candidates_are_found_by_number(
+  tmp_path, rng, mesh_of, monkeypatch
+):
   x = draw(rng, 203)
   x[3:150] = x[3]
   x[:3] = -x[3]
   index = make_index(tmp_path, x, SHARDS)
   queries = np.stack([x[3], x[180], np.zeros_like(x[0])])
-  check_found(index, queries, 3, find_one_by_one(queries, x, 3))
+  expected = find_one_by_one(queries, x, 3)
+  check_found(index, queries, 3, expected)
+  # Neighbours are on different devices.
+  monkeypatch.setattr(search, 'BLOCK_ROWS', 1)
+  with jax.set_mesh(mesh_of(8, 1, 1)):
+    check_found(index, queries, 3, expected)
 
 
 def test_no_document_is_lost_where_float32_scores_mislead(tmp_path, rng):
@@ -167,6 +174,8 @@ def test_wrong_queries_are_refused(tmp_path, rng):
   queries[1, 5] = np.nan
   with pytest.raises(ValueError, match='query 1 is not finite'):
     index.search(queries, 1)
+  with pytest.raises(ValueError, match='overflow'):
+    index.search(np.full((1, DIMENSION), 3e38), 1)
 
 
 def test_embeddings_are_a_memory_map_that_numpy_reads(tmp_path, rng):
