@@ -97,7 +97,9 @@ def test_greedy_tokens_are_those_of_transformers(
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'hf', dtype=torch.float32
   )
-  ours = GritLM.load(tmp_path / 'hf', dtype='float32')
+  ours = GritLM.load(tmp_path / 'hf')
+  # As stored: bfloat16 would choose other tokens.
+  assert ours.config.model.dtype == 'float32'
   prompts = [
     ours.encode_prompt(text, Sampling(max_new_tokens=NEW))
     for text in (*PROMPTS, LONG)
