@@ -571,8 +571,8 @@ class Config:
   # a checkpoint, or a run's workdir. Empty: weights are drawn at random.
   init_from: str = ''
   # What computes attention; the loss and its gradient stay the same. splash: a
-  # flash kernel for TPUs. xla: plain operations, whose scores take memory for
-  # each pair of positions. auto: splash on TPUs, xla elsewhere.
+  # flash kernel for TPUs. xla: blocks of plain operations, on any device. auto:
+  # splash on TPUs, xla elsewhere.
   attention_kernel: str = 'auto'
   seed: int = 0
   steps: int = 1253

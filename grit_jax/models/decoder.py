@@ -325,7 +325,7 @@ class Decoder(nnx.Module):
     if isinstance(self.blocks, Block):
       count = self.config.num_layers
       return hidden, [tuple(x[i] for x in layers) for i in range(count)]
-    return hidden, layers
+    return hidden, list(layers)
 
   def _run(
     self,
@@ -409,6 +409,8 @@ class Decoder(nnx.Module):
     self, chunk: Chunk, cache: Sequence[KeysValues]
   ) -> tuple[jax.Array, list[KeysValues]]:
     """Runs some tokens after those in a cache, and puts them into it.
+
+    The decoder is one of `unstack`.
 
     Args:
       chunk: the tokens, and where they stand.
