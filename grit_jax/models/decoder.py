@@ -26,7 +26,14 @@ from jax.ad_checkpoint import checkpoint_name
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
 from grit_jax.models import attention
+from grit_jax.models.lora import (
+  Dropout,
+  join_trained,
+  project,
+  split_trained,
+)
 from grit_jax.models.moe import MoE, RouterStatistics
+from grit_jax.models.projections import AXES
 from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
 from grit_jax.sharding import (
   gather,
@@ -71,6 +78,7 @@ class Attention(nnx.Module):
     shape, logical = (width, config.embed_dim), ('heads', 'embed')
     scale = output_scale(config)
     self.o = draw_weight(keys[3], shape, logical, config, scale)
+    self.adapters = nnx.Dict()
 
   def __call__(
     self,
@@ -78,32 +86,29 @@ class Attention(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
+    dropout: Dropout | None = None,
   ) -> jax.Array:
     """Attends within each stream of `x`, [B, T, D], which has `rows` rows."""
     config = self.config
 
-    def project(weight: nnx.Param, heads: str) -> jax.Array:
-      weight = gather(weight[...], 'embed', heads, dtype=config.dtype)
-      y = jnp.einsum('btd,dh->bth', x, weight)
+    def split_heads(name: str) -> jax.Array:
+      y = project(self, name, x, dropout)
       return y.reshape(
         *y.shape[:2], -1, config.head_dim,
-        out_sharding=spec('rows', 'seq', heads, 'head_dim'),
+        out_sharding=spec('rows', 'seq', AXES[name][1], 'head_dim'),
       )  # fmt: skip
 
     scale = config.head_dim**-0.5
-    q = attention.rotate(project(self.q, 'heads'), angles, scale)
-    k = attention.rotate(project(self.k, 'kv_heads'), angles)
-    v = project(self.v, 'kv_heads')
+    q = attention.rotate(split_heads('q'), angles, scale)
+    k = attention.rotate(split_heads('k'), angles)
+    v = split_heads('v')
     parts = zip(attends, *(split_rows(y, rows) for y in (q, k, v)), strict=True)
     with jax.named_scope('attend'):
       out = join_rows([attend(*part) for attend, *part in parts])
     out = out.reshape(
       *x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads')
     )
-    o = gather(self.o[...], 'heads', 'embed', dtype=config.dtype)
-    return jnp.einsum(
-      'bth,hd->btd', out, o, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    return project(self, 'o', out, dropout, spec('rows', 'seq', 'embed'))
 
 
 class MLP(nnx.Module):
@@ -118,18 +123,13 @@ class MLP(nnx.Module):
     self.up = draw_weight(keys[1], shape, logical, config)
     scale = output_scale(config)
     self.down = draw_weight(keys[2], shape[::-1], logical[::-1], config, scale)
+    self.adapters = nnx.Dict()
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
-    dtype = self.config.dtype
-    gate = gather(self.gate[...], 'embed', 'mlp', dtype=dtype)
-    up = gather(self.up[...], 'embed', 'mlp', dtype=dtype)
-    down = gather(self.down[...], 'mlp', 'embed', dtype=dtype)
-    hidden = jax.nn.silu(jnp.einsum('btd,df->btf', x, gate))
-    hidden = hidden * jnp.einsum('btd,df->btf', x, up)
-    return jnp.einsum(
-      'btf,fd->btd', hidden, down, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    hidden = jax.nn.silu(project(self, 'gate', x, dropout))
+    hidden = hidden * project(self, 'up', x, dropout)
+    return project(self, 'down', hidden, dropout, spec('rows', 'seq', 'embed'))
 
 
 class Block(nnx.Module):
@@ -153,22 +153,27 @@ class Block(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
+    dropout: Dropout | None = None,
   ) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]; see `Attention`."""
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
-      return x + self.attention(normed, angles, rows, attends)
+      return x + self.attention(normed, angles, rows, attends, dropout)
 
   def add_mlp(
-    self, x: jax.Array, counted: jax.Array
+    self, x: jax.Array, counted: jax.Array, dropout: Dropout | None = None
   ) -> tuple[jax.Array, RouterStatistics | None]:
     """Maps [B, T, D] to [B, T, D]; see `MoE` for the rest."""
     with jax.named_scope('mlp'):
       normed = rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)
       if not self.config.num_experts:
-        return x + self.mlp(normed), None
+        return x + self.mlp(normed, dropout), None
       out, statistics = self.moe(normed, counted)
       return x + out, statistics
+
+
+# A layer of the scan: its weights, and the key of its dropout in training.
+Layer = tuple[Block, jax.Array | None]
 
 
 class Decoder(nnx.Module):
@@ -221,6 +226,7 @@ class Decoder(nnx.Module):
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
     kernel: str = 'auto',
+    dropout: Sequence[Dropout] | None = None,
   ) -> tuple[list[jax.Array], RouterStatistics | None]:
     """Runs all streams through the layers in one pass.
 
@@ -229,6 +235,7 @@ class Decoder(nnx.Module):
       kinds: one a stream.
       remat: `config.MemoryConfig.remat`.
       kernel: `config.Config.attention_kernel`.
+      dropout: of adapters, in training, one a stream, with one key.
 
     Returns:
       The normalised last hidden states, [R_i, T, D] a stream; and, of a model
@@ -260,15 +267,25 @@ class Decoder(nnx.Module):
 
     counted = jax.sharding.reshard(counted, spec('rows', 'seq', None))
 
-    def add_attention(x: jax.Array, block: Block) -> jax.Array:
-      return block.add_attention(x, angles, rows, attends)
+    layers = self.blocks, None
+    if dropout is not None:
+      tokens = join_rows([stream.tokens for stream in dropout])
+      layers = self.blocks, jax.random.split(dropout[0].key, config.num_layers)
 
-    def add_mlp(x: jax.Array, block: Block) -> tuple:
-      return block.add_mlp(x, counted)
+    def dropout_of(key: jax.Array | None) -> Dropout | None:
+      return None if key is None else Dropout(key, tokens)
 
-    layer = _rematerialise(add_attention, add_mlp, remat)
+    def add_attention(x: jax.Array, layer: Layer) -> jax.Array:
+      block, key = layer
+      return block.add_attention(x, angles, rows, attends, dropout_of(key))
+
+    def add_mlp(x: jax.Array, layer: Layer) -> tuple:
+      block, key = layer
+      return block.add_mlp(x, counted, dropout_of(key))
+
+    add_layer = _rematerialise(add_attention, add_mlp, remat)
     with jax.named_scope('layers'):
-      x, statistics = jax.lax.scan(layer, x, self.blocks)
+      x, statistics = jax.lax.scan(add_layer, x, layers)
     x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
     return split_rows(x, rows), statistics
 
@@ -313,20 +330,20 @@ def _rematerialise(
   """Returns a layer's two parts as the body of the layer scan.
 
   Args:
-    add_attention: the first part, of `x` and a block; returns `x`.
+    add_attention: the first part, of `x` and a `Layer`; returns `x`.
     add_mlp: the second part; returns `x` and the router's statistics.
     remat: `config.MemoryConfig.remat`.
   """
   if remat == 'offload':
     add_attention, add_mlp = _offload(add_attention), _offload(add_mlp)
 
-  def layer(x: jax.Array, block: Block) -> tuple:
-    return add_mlp(add_attention(x, block), block)
+  def add_layer(x: jax.Array, layer: Layer) -> tuple:
+    return add_mlp(add_attention(x, layer), layer)
 
   if remat != 'full':
-    return layer
+    return add_layer
   policy = jax.checkpoint_policies.nothing_saveable
-  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+  return jax.checkpoint(add_layer, policy=policy, prevent_cse=False)
 
 
 def _offload(part: Callable) -> Callable:
@@ -337,9 +354,12 @@ def _offload(part: Callable) -> Callable:
   is computed again after that.
   """
 
-  def named(x: jax.Array, block: Block) -> Any:
-    x, block = finish_together(checkpoint_name(x, PART_INPUT), block)
-    return part(x, block)
+  def named(x: jax.Array, layer: Layer) -> Any:
+    block, key = layer
+    # What is frozen has no gradient to wait for.
+    trained, rest = split_trained(block)
+    x, trained = finish_together(checkpoint_name(x, PART_INPUT), trained)
+    return part(x, (join_trained(trained, rest), key))
 
   policy = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
