@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 from grit_jax.checkpoint import Checkpoints
 from grit_jax.config import Config
 from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
-from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.metrics import MetricsWriter
+from grit_jax.models.decoder import Decoder
 from grit_jax.objective import TrainState
 from grit_jax.processes import StopOnSignal
 from grit_jax.profile import Profile
@@ -30,12 +31,12 @@ class Loop:
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     profile: Profile,
-    evaluation: HeldOutEvaluation | None,
+    evaluate: Callable[[Decoder], dict[str, float]] | None,
   ):
     """Prepares to run the steps that `pipeline` plans."""
     self.config, self.pipeline = config, pipeline
     self.checkpoints, self.writer = checkpoints, writer
-    self.profile, self.evaluation = profile, evaluation
+    self.profile, self.evaluate = profile, evaluate
     self.logged_at = time.perf_counter()
     self.useful_tokens = 0
 
@@ -80,14 +81,14 @@ class Loop:
   def _is_evaluated(self, step: int) -> bool:
     """Whether the model is evaluated after a step."""
     every = self.config.evaluation.every_steps
-    if self.evaluation is None or not every:
+    if self.evaluate is None or not every:
       return False
     return step % every == 0 or step == self.config.steps
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     """Writes the figures of the held-out records."""
     start = time.perf_counter()
-    self.writer.write_evaluation(step, self.evaluation.evaluate(state.model))
+    self.writer.write_evaluation(step, self.evaluate(state.model))
     # Training's speed is not to count it.
     self.logged_at += time.perf_counter() - start
 

@@ -16,6 +16,7 @@ the config's `mesh.fsdp`, halved where its half is even: see `gather`.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'vocab': 'tensor',
   'experts': 'expert',
   'router': None,
+  'rank': None,
   'layers': None,
   'texts': None,
   'projection': None,
@@ -157,10 +159,26 @@ def validate(config: Config, mesh: Mesh) -> None:
     mesh,
     shards,
   )
+  if config.lora.rank:
+    # An adapter's second factor is split by outputs.
+    _check_divides(
+      'model.num_kv_heads*head_dim',
+      model.num_kv_heads * model.head_dim,
+      mesh,
+      shards,
+    )
   if config.memory.chunk_rows:
     _check_divides('memory.chunk_rows', config.memory.chunk_rows, mesh, ROWS)
   if config.evaluation.enabled:
     _check_divides('evaluation.rows', config.evaluation.rows, mesh, ROWS)
+
+
+def count_shards(
+  mesh: Mesh | jax.sharding.AbstractMesh, axes: str | Sequence[str] | None
+) -> int:
+  """Returns the number of shards that some mesh axes split an axis into."""
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def _check_divides(
@@ -220,8 +238,11 @@ def _check_collision(logical: Sequence, physical: Sequence) -> None:
     )
 
 
-def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
+def gather(weight: Any, *logical: str, dtype: str) -> jax.Array:
   """All-gathers a stored weight over `STORED`, in `dtype`.
+
+  A quantised weight is gathered as it is stored, and turned back after that;
+  it has no gradient.
 
   Its transpose is a reduce-scatter of the gradient to the shard, in `dtype`:
   the result is `reduced` over the row axes, so its cotangent is the unreduced
@@ -232,15 +253,25 @@ def gather(weight: jax.Array, *logical: str, dtype: str) -> jax.Array:
   over `fsdp`. What is split over `expert` by experts stays so.
 
   Args:
-    weight: as stored (`weight_spec`), without its `layers` axis.
+    weight: as stored (`weight_spec`), without its `layers` axis: an array, or
+      a `models.quantization.QuantizedWeight`.
     *logical: its logical axes.
     dtype: the dtype to gather and to compute in.
 
   Returns:
     The weight, split over `tensor` alone, or over `expert` too.
   """
-  stored = weight_spec(*logical)
   expert = set() if 'experts' in logical else {'expert'}
+  if not isinstance(weight, jax.Array):
+    whole = {'pair', 'fsdp'} | expert
+    weight = jax.tree.map(
+      lambda x: jax.sharding.reshard(
+        x, P(*_without(jax.typeof(x).sharding.spec, whole))
+      ),
+      weight,
+    )
+    return weight.decode(dtype)
+  stored = weight_spec(*logical)
   weight = weight.astype(dtype)
   reduced = {'data'}
   for axes in (set(), {'pair'} | expert, {'fsdp'}):

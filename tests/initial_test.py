@@ -20,6 +20,7 @@ from grit_jax.convert.from_hf import from_hf
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.initial import load_model, open_initial, take_architecture
 from grit_jax.models import presets
+from grit_jax.models.quantization import quantize
 
 # 343 ids are padded to 512: two shards of the vocabulary end in padding.
 SOURCE = dataclasses.replace(presets.tiny(), vocab_size=343)
@@ -157,6 +158,19 @@ def test_damaged_weights_of_a_checkpoint_are_named(sources, mesh_of, tmp_path):
     pytest.raises(CheckpointError, match='damaged: blocks/mlp/up cannot be'),
   ):
     load_model(config, initial, jax.random.key(0))
+
+
+@pytest.mark.parametrize('kind', ['int8', 'nf4'])
+def test_weights_that_are_quantised_as_they_are_read_are_those_of_quantize(
+  sources, mesh_of, kind: str
+):
+  initial = open_initial(sources('folder'))
+  config = take_architecture(make_config(presets.of_init_from()), initial)
+  key = jax.random.key(0)
+  with jax.set_mesh(mesh_of(1, 4, 1)):
+    streamed = load_model(config, initial, key, kind)
+    whole = quantize(load_model(config, initial, key), kind)
+  jax.tree.map(np.testing.assert_array_equal, streamed, whole)
 
 
 def test_a_new_projection_is_drawn_and_sharded(sources, mesh_of):

@@ -1,7 +1,7 @@
 """Attention over packed rows, with GRIT's attention modes.
 
-Two kernels compute the same: `splash`, a flash kernel for TPUs, and `xla`, the
-reference in plain operations, which runs everywhere.
+Two kernels compute the same: `splash`, a flash kernel for TPUs, and `xla`,
+blocks of plain operations, which run everywhere.
 
 Letters: see `grit_jax.models.decoder`.
 """
@@ -16,8 +16,7 @@ import numpy as np
 
 from grit_jax.batch import Rows
 from grit_jax.config import ConfigError, RotaryScalingConfig
-from grit_jax.models import splash
-from grit_jax.sharding import spec
+from grit_jax.models import blockwise, splash
 
 # q [B, T, N, H] scaled, k and v [B, T, K, H], to [B, T, N, H].
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -81,12 +80,18 @@ def prepare(rows: Rows, kind: Kind, window: int, kernel: str) -> Attend:
   Args:
     rows: the stream.
     kind: which later tokens of its segment a token sees.
-    window: see `make_mask`.
+    window: see `find_stretches`.
     kernel: see `choose_kernel`; the platform is that of the mesh in force.
   """
   platform = jax.sharding.get_abstract_mesh().abstract_device.platform
   if choose_kernel(kernel, platform) == 'xla':
-    return partial(attend, mask=make_mask(rows, kind, window))
+    first, last = find_stretches(rows, kind, window)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+      k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+      return blockwise.attend(q, k, v, first, last)
+
+    return attend
   reach = _reach(kind, window)
   left = reach - 1 if window else None
   right = 0 if kind is Kind.CAUSAL else left
@@ -120,8 +125,10 @@ def last_seen(rows: Rows, kind: Kind, window: int) -> jax.Array:
   return jnp.minimum(last, index + window - 1) if window else last
 
 
-def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
-  """Returns which position sees which, bool [B, T, S] with S = T.
+def find_stretches(
+  rows: Rows, kind: Kind, window: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns which positions each token sees: the first and the last of them.
 
   Args:
     rows: the stream.
@@ -129,62 +136,26 @@ def make_mask(rows: Rows, kind: Kind, window: int) -> jax.Array:
     window: a token sees those less than this many positions away; 0: all. One
       more where all is bidirectional: so does transformers, and a window has
       no other definition there.
-  """
-  tokens = rows.segments.shape[1]
-  index = jnp.arange(tokens)
-  distance = index[:, None] - index[None, :]
-  seen = jnp.broadcast_to(distance >= 0, (1, tokens, tokens))
-  if kind is Kind.BIDIRECTIONAL:
-    seen = jnp.ones_like(seen)
-  elif kind is not Kind.CAUSAL:
-    both = rows.in_instruction == (kind is Kind.INSTRUCTION)
-    # A stretch begins where `both` does: two tokens are in one if as many
-    # begin before each.
-    begins = both & ~jnp.pad(both, ((0, 0), (1, 0)))[:, :-1]
-    stretch = jnp.where(both, jnp.cumsum(begins, axis=1), 0)
-    same = stretch[:, :, None] == stretch[:, None, :]
-    seen = seen | (same & both[:, :, None])
-  if window:
-    seen = seen & (jnp.abs(distance) < _reach(kind, window))
-  same_segment = rows.segments[:, :, None] == rows.segments[:, None, :]
-  return seen & same_segment
-
-
-def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Grouped-query attention, the reference in plain operations.
-
-  Args:
-    q: [B, T, N, H], scaled; a query head n reads key-value head n // G.
-    k: [B, S, K, H].
-    v: [B, S, K, H].
-    mask: bool [B, T, S].
 
   Returns:
-    [B, T, N, H], in the dtype of `q`.
+    Two int32 [B, T]. Padding sees nothing: its last is before its first.
   """
-  rows, tokens, heads, head_dim = q.shape
-  kv_heads, group = k.shape[2], heads // k.shape[2]
-  # The query heads of a key-value head become one long list of positions: a
-  # single matrix product a row and key-value head, a quarter faster on a CPU
-  # than one of five axes.
-  split = spec('rows', 'kv_heads', 'seq', 'head_dim')
-  grouped = jnp.swapaxes(q, 1, 2).reshape(
-    rows, kv_heads, group * tokens, head_dim, out_sharding=split
-  )
-  # The softmax is in float32: its sum over thousands of keys needs it.
-  scores = jnp.einsum(
-    'bkth,bskh->bkts', grouped, k, preferred_element_type=jnp.float32
-  ).reshape(rows, kv_heads, group, tokens, k.shape[1])
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  weights = weights.reshape(rows, kv_heads, group * tokens, k.shape[1])
-  out = jnp.einsum('bkts,bskh->bkth', weights, v).reshape(
-    rows, heads, tokens, head_dim,
-    out_sharding=spec('rows', 'heads', 'seq', 'head_dim'),
-  )  # fmt: skip
-  return jnp.swapaxes(out, 1, 2)
+  segments = rows.segments
+  index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+  first = index - rows.positions
+  following = jnp.pad(segments, ((0, 0), (0, 1)))[:, 1:]
+  ends = jnp.where(following != segments, index, index.size)
+  last = jax.lax.cummin(ends, axis=1, reverse=True)
+  reach = _reach(kind, window)
+  if kind is Kind.CAUSAL:
+    last = jnp.minimum(last, index)
+  elif kind is not Kind.BIDIRECTIONAL:
+    last = jnp.minimum(last, last_seen(rows, kind, window))
+  elif window:
+    last = jnp.minimum(last, index + reach - 1)
+  if window:
+    first = jnp.maximum(first, index - reach + 1)
+  return first, jnp.where(segments > 0, last, -1)
 
 
 def rotary_frequencies(

@@ -15,6 +15,8 @@ Modules are NNX modules used as plain pytrees. Weights are stored as used, [in,
 out], and layers are stacked on a leading axis L.
 """
 
+import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +27,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
-from grit_jax.models import attention
+from grit_jax.models import attention, blockwise
+from grit_jax.models.lora import (
+  Dropout,
+  join_trained,
+  project,
+  split_trained,
+)
 from grit_jax.models.moe import MoE, RouterStatistics
+from grit_jax.models.projections import AXES
 from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
 from grit_jax.sharding import (
   gather,
@@ -38,9 +47,39 @@ from grit_jax.sharding import (
 
 PART_INPUT = 'part_input'
 
+# The keys and the values of a layer.
+KeysValues = tuple[jax.Array, jax.Array]
+
 
 def _norm(config: ModelConfig) -> nnx.Param:
   return nnx.Param(jnp.ones((config.embed_dim,), config.param_dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """Tokens that are put into a cache of S places, in all rows at the same ones.
+
+  A row's own tokens end where the chunk ends, and a place holds one of its
+  tokens or nothing: a row that is shorter begins later.
+  """
+
+  tokens: jax.Array  # int32 [B, T]
+  positions: jax.Array  # int32 [B, T], of the rotary angles
+  real: jax.Array  # bool [B, T]; what is not is left out of the cache
+  # The places in the cache that each token sees: int32 [B, T], as `blockwise`.
+  first: jax.Array
+  last: jax.Array
+  start: jax.Array  # int32 [], the place of the first of the T tokens
+
+
+def _put(cached: jax.Array, new: jax.Array, chunk: Chunk) -> jax.Array:
+  """Writes a chunk's [B, T, K, H] into a layer's [B, K, S, H]."""
+  new = jnp.swapaxes(new, 1, 2).astype(cached.dtype)
+  size = new.shape[2]
+  old = jax.lax.dynamic_slice_in_dim(cached, chunk.start, size, axis=2)
+  new = jnp.where(chunk.real[:, None, :, None], new, old)
+  return jax.lax.dynamic_update_slice_in_dim(cached, new, chunk.start, axis=2)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -71,6 +110,7 @@ class Attention(nnx.Module):
     shape, logical = (width, config.embed_dim), ('heads', 'embed')
     scale = output_scale(config)
     self.o = draw_weight(keys[3], shape, logical, config, scale)
+    self.adapters = nnx.Dict()
 
   def __call__(
     self,
@@ -78,32 +118,46 @@ class Attention(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
-  ) -> jax.Array:
-    """Attends within each stream of `x`, [B, T, D], which has `rows` rows."""
-    config = self.config
+    dropout: Dropout | None = None,
+  ) -> tuple[jax.Array, KeysValues]:
+    """Attends within each stream of `x`, [B, T, D], which has `rows` rows.
 
-    def project(weight: nnx.Param, heads: str) -> jax.Array:
-      weight = gather(weight[...], 'embed', heads, dtype=config.dtype)
-      y = jnp.einsum('btd,dh->bth', x, weight)
-      return y.reshape(
-        *y.shape[:2], -1, config.head_dim,
-        out_sharding=spec('rows', 'seq', heads, 'head_dim'),
-      )  # fmt: skip
-
-    scale = config.head_dim**-0.5
-    q = attention.rotate(project(self.q, 'heads'), angles, scale)
-    k = attention.rotate(project(self.k, 'kv_heads'), angles)
-    v = project(self.v, 'kv_heads')
+    Returns:
+      [B, T, D], and the keys and values, [B, T, K, H] each.
+    """
+    q, k, v = self.project(x, angles, dropout)
     parts = zip(attends, *(split_rows(y, rows) for y in (q, k, v)), strict=True)
     with jax.named_scope('attend'):
       out = join_rows([attend(*part) for attend, *part in parts])
-    out = out.reshape(
-      *x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads')
-    )
-    o = gather(self.o[...], 'heads', 'embed', dtype=config.dtype)
-    return jnp.einsum(
-      'bth,hd->btd', out, o, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    return self.project_back(out, dropout), (k, v)
+
+  def project(
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    dropout: Dropout | None = None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maps [B, T, D] to queries, scaled, keys and values, [B, T, heads, H]."""
+    config = self.config
+
+    def split_heads(name: str) -> jax.Array:
+      y = project(self, name, x, dropout)
+      return y.reshape(
+        *y.shape[:2], -1, config.head_dim,
+        out_sharding=spec('rows', 'seq', AXES[name][1], 'head_dim'),
+      )  # fmt: skip
+
+    scale = config.head_dim**-0.5
+    q = attention.rotate(split_heads('q'), angles, scale)
+    k = attention.rotate(split_heads('k'), angles)
+    return q, k, split_heads('v')
+
+  def project_back(
+    self, x: jax.Array, dropout: Dropout | None = None
+  ) -> jax.Array:
+    """Maps what the heads read, [B, T, N, H], to [B, T, D]."""
+    x = x.reshape(*x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads'))
+    return project(self, 'o', x, dropout, spec('rows', 'seq', 'embed'))
 
 
 class MLP(nnx.Module):
@@ -118,18 +172,13 @@ class MLP(nnx.Module):
     self.up = draw_weight(keys[1], shape, logical, config)
     scale = output_scale(config)
     self.down = draw_weight(keys[2], shape[::-1], logical[::-1], config, scale)
+    self.adapters = nnx.Dict()
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
-    dtype = self.config.dtype
-    gate = gather(self.gate[...], 'embed', 'mlp', dtype=dtype)
-    up = gather(self.up[...], 'embed', 'mlp', dtype=dtype)
-    down = gather(self.down[...], 'mlp', 'embed', dtype=dtype)
-    hidden = jax.nn.silu(jnp.einsum('btd,df->btf', x, gate))
-    hidden = hidden * jnp.einsum('btd,df->btf', x, up)
-    return jnp.einsum(
-      'btf,fd->btd', hidden, down, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    hidden = jax.nn.silu(project(self, 'gate', x, dropout))
+    hidden = hidden * project(self, 'up', x, dropout)
+    return project(self, 'down', hidden, dropout, spec('rows', 'seq', 'embed'))
 
 
 class Block(nnx.Module):
@@ -153,22 +202,52 @@ class Block(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
-  ) -> jax.Array:
+    dropout: Dropout | None = None,
+  ) -> tuple[jax.Array, KeysValues]:
     """Maps [B, T, D] to [B, T, D]; see `Attention`."""
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
-      return x + self.attention(normed, angles, rows, attends)
+      out, keys_values = self.attention(normed, angles, rows, attends, dropout)
+      return x + out, keys_values
+
+  def extend(
+    self, x: jax.Array, layer: KeysValues, chunk: Chunk, angles: tuple
+  ) -> tuple[jax.Array, KeysValues]:
+    """Maps a chunk's [B, T, D] to [B, T, D], and puts it into the cache.
+
+    Args:
+      x: the tokens.
+      layer: this layer's keys and values so far, [B, K, S, H] each.
+      chunk: where the tokens stand.
+      angles: of their positions.
+
+    Returns:
+      [B, T, D], and the keys and values with those of the chunk.
+    """
+    with jax.named_scope('attention'):
+      normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
+      q, *new = self.attention.project(normed, angles)
+      layer = tuple(
+        _put(old, y, chunk) for old, y in zip(layer, new, strict=True)
+      )
+      out = blockwise.attend(q, *layer, chunk.first, chunk.last)
+      x = x + self.attention.project_back(out)
+    return self.add_mlp(x, chunk.real[:, :, None])[0], layer
 
   def add_mlp(
-    self, x: jax.Array, counted: jax.Array
+    self, x: jax.Array, counted: jax.Array, dropout: Dropout | None = None
   ) -> tuple[jax.Array, RouterStatistics | None]:
     """Maps [B, T, D] to [B, T, D]; see `MoE` for the rest."""
     with jax.named_scope('mlp'):
       normed = rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)
       if not self.config.num_experts:
-        return x + self.mlp(normed), None
+        return x + self.mlp(normed, dropout), None
       out, statistics = self.moe(normed, counted)
       return x + out, statistics
+
+
+# A layer of the scan: its weights, and the key of its dropout in training.
+Layer = tuple[Block, jax.Array | None]
 
 
 class Decoder(nnx.Module):
@@ -221,6 +300,7 @@ class Decoder(nnx.Module):
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
     kernel: str = 'auto',
+    dropout: Sequence[Dropout] | None = None,
   ) -> tuple[list[jax.Array], RouterStatistics | None]:
     """Runs all streams through the layers in one pass.
 
@@ -229,23 +309,54 @@ class Decoder(nnx.Module):
       kinds: one a stream.
       remat: `config.MemoryConfig.remat`.
       kernel: `config.Config.attention_kernel`.
+      dropout: of adapters, in training, one a stream, with one key.
 
     Returns:
       The normalised last hidden states, [R_i, T, D] a stream; and, of a model
       with experts, the router's statistics over all tokens but padding, with
       leading axes [L, streams].
     """
+    hidden, (statistics, _) = self._run(
+      streams, kinds, remat, kernel, keep=False, dropout=dropout
+    )
+    return hidden, statistics
+
+  def run_to_cache(
+    self, rows: Rows, kind: attention.Kind, kernel: str
+  ) -> tuple[jax.Array, list[KeysValues]]:
+    """Runs one stream, and keeps what a cache is made of.
+
+    Args:
+      rows: packed rows, [R, T].
+      kind: its attention.
+      kernel: `config.Config.attention_kernel`.
+
+    Returns:
+      The normalised last hidden states, [R, T, D], and of each layer the keys,
+      rotated, and the values, [R, T, K, H].
+    """
+    (hidden,), (_, layers) = self._run(
+      [rows], [kind], 'none', kernel, keep=True
+    )
+    if isinstance(self.blocks, Block):
+      count = self.config.num_layers
+      return hidden, [tuple(x[i] for x in layers) for i in range(count)]
+    return hidden, list(layers)
+
+  def _run(
+    self,
+    streams: Sequence[Rows],
+    kinds: Sequence[attention.Kind],
+    remat: str,
+    kernel: str,
+    keep: bool,
+    dropout: Sequence[Dropout] | None = None,
+  ) -> tuple[list[jax.Array], tuple]:
+    """`run`, which keeps keys and values or not."""
     config = self.config
     rows = [stream.tokens.shape[0] for stream in streams]
-    with jax.named_scope('embed'):
-      tokens = join_rows([stream.tokens for stream in streams])
-      table = gather(self.embed[...], 'vocab', 'embed', dtype=config.dtype)
-      x = table.at[tokens].get(out_sharding=spec('rows', 'seq', 'embed'))
-    positions = join_rows([stream.positions for stream in streams])
-    frequencies = attention.rotary_frequencies(
-      config.head_dim, config.rope_theta, config.rotary_scaling
-    )
-    angles = attention.rotary_angles(positions, frequencies)
+    x = self._embed(join_rows([stream.tokens for stream in streams]))
+    angles = self._angles(join_rows([stream.positions for stream in streams]))
     attends = [
       attention.prepare(stream, kind, config.sliding_window, kernel)
       for stream, kind in zip(streams, kinds, strict=True)
@@ -260,17 +371,93 @@ class Decoder(nnx.Module):
 
     counted = jax.sharding.reshard(counted, spec('rows', 'seq', None))
 
-    def add_attention(x: jax.Array, block: Block) -> jax.Array:
-      return block.add_attention(x, angles, rows, attends)
+    keys = None
+    if dropout is not None:
+      tokens = join_rows([stream.tokens for stream in dropout])
+      keys = jax.random.split(dropout[0].key, config.num_layers)
 
-    def add_mlp(x: jax.Array, block: Block) -> tuple:
-      return block.add_mlp(x, counted)
+    def dropout_of(key: jax.Array | None) -> Dropout | None:
+      return None if key is None else Dropout(key, tokens)
 
-    layer = _rematerialise(add_attention, add_mlp, remat)
+    def add_attention(x: jax.Array, layer: Layer) -> tuple:
+      block, key = layer
+      x, keys_values = block.add_attention(
+        x, angles, rows, attends, dropout_of(key)
+      )
+      return x, keys_values if keep else None
+
+    def add_mlp(x: jax.Array, layer: Layer) -> tuple:
+      block, key = layer
+      return block.add_mlp(x, counted, dropout_of(key))
+
+    add_layer = _rematerialise(add_attention, add_mlp, remat)
     with jax.named_scope('layers'):
-      x, statistics = jax.lax.scan(layer, x, self.blocks)
+      x, kept = self._scan_layers(add_layer, x, keys)
     x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
-    return split_rows(x, rows), statistics
+    return split_rows(x, rows), kept
+
+  def _scan_layers(
+    self, add_layer: Callable, x: jax.Array, keys: jax.Array | None
+  ) -> tuple:
+    """Runs a layer's function over the blocks, stacked or one by one."""
+    if isinstance(self.blocks, Block):
+      return jax.lax.scan(add_layer, x, (self.blocks, keys))
+    kept = []
+    for block in self.blocks:
+      x, one = add_layer(x, (block, None))
+      kept.append(one)
+    return x, tuple(zip(*kept, strict=True))
+
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    """Looks up token ids, [B, T], as [B, T, D]."""
+    with jax.named_scope('embed'):
+      dtype = self.config.dtype
+      table = gather(self.embed[...], 'vocab', 'embed', dtype=dtype)
+      return table.at[tokens].get(out_sharding=spec('rows', 'seq', 'embed'))
+
+  def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    config = self.config
+    frequencies = attention.rotary_frequencies(
+      config.head_dim, config.rope_theta, config.rotary_scaling
+    )
+    return attention.rotary_angles(positions, frequencies)
+
+  def unstack(self) -> 'Decoder':
+    """Returns the same decoder with a block a layer, for inference.
+
+    Out of a stack a loop has to copy each layer's weights before it multiplies
+    by them, which for the one token of a decoding step is most of the work: a
+    CPU takes 2.8 times as long.
+    """
+    model = nnx.clone(self)
+    model.blocks = nnx.List(
+      jax.tree.map(operator.itemgetter(layer), self.blocks)
+      for layer in range(self.config.num_layers)
+    )
+    return model
+
+  def extend(
+    self, chunk: Chunk, cache: Sequence[KeysValues]
+  ) -> tuple[jax.Array, list[KeysValues]]:
+    """Runs some tokens after those in a cache, and puts them into it.
+
+    The decoder is one of `unstack`.
+
+    Args:
+      chunk: the tokens, and where they stand.
+      cache: of each layer keys, rotated, and values, [B, K, S, H].
+
+    Returns:
+      The normalised last hidden states, [B, T, D], and the cache with the
+      tokens' keys and values.
+    """
+    x, angles = self._embed(chunk.tokens), self._angles(chunk.positions)
+    extended = []
+    with jax.named_scope('layers'):
+      for block, layer in zip(self.blocks, cache, strict=True):
+        x, layer = block.extend(x, layer, chunk, angles)
+        extended.append(layer)
+    return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), extended
 
   def gather_head(self) -> jax.Array:
     """Returns the head for `logits`, [D, V], to be gathered once a loop."""
@@ -313,20 +500,23 @@ def _rematerialise(
   """Returns a layer's two parts as the body of the layer scan.
 
   Args:
-    add_attention: the first part, of `x` and a block; returns `x`.
+    add_attention: the first part, of `x` and a `Layer`; returns `x` and what is
+      kept of it.
     add_mlp: the second part; returns `x` and the router's statistics.
     remat: `config.MemoryConfig.remat`.
   """
   if remat == 'offload':
     add_attention, add_mlp = _offload(add_attention), _offload(add_mlp)
 
-  def layer(x: jax.Array, block: Block) -> tuple:
-    return add_mlp(add_attention(x, block), block)
+  def add_layer(x: jax.Array, layer: Layer) -> tuple:
+    x, kept = add_attention(x, layer)
+    x, statistics = add_mlp(x, layer)
+    return x, (statistics, kept)
 
   if remat != 'full':
-    return layer
+    return add_layer
   policy = jax.checkpoint_policies.nothing_saveable
-  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+  return jax.checkpoint(add_layer, policy=policy, prevent_cse=False)
 
 
 def _offload(part: Callable) -> Callable:
@@ -337,9 +527,12 @@ def _offload(part: Callable) -> Callable:
   is computed again after that.
   """
 
-  def named(x: jax.Array, block: Block) -> Any:
-    x, block = finish_together(checkpoint_name(x, PART_INPUT), block)
-    return part(x, block)
+  def named(x: jax.Array, layer: Layer) -> Any:
+    block, key = layer
+    # What is frozen has no gradient to wait for.
+    trained, rest = split_trained(block)
+    x, trained = finish_together(checkpoint_name(x, PART_INPUT), trained)
+    return part(x, (join_trained(trained, rest), key))
 
   policy = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

@@ -1,0 +1,266 @@
+"""Texts to embeddings, in packed rows of few shapes."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from grit_jax import objective, pooling
+from grit_jax.batch import EmbeddingRows, Rows
+from grit_jax.config import Config
+from grit_jax.data.filling import Filler, RowShards
+from grit_jax.data.formats import EmbeddingText, mark_embedding
+from grit_jax.data.packing import Packing, pack
+from grit_jax.data.pipeline import place_batch
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.cache import KVCache
+from grit_jax.models.attention import embedding_kind
+from grit_jax.models.decoder import Decoder
+from grit_jax.sharding import row_shards
+
+# Tokens of the shortest rows. Shorter texts share one; attention skips what
+# lies between them.
+LEAST_ROW = 256
+# Texts that fit rows of this length do not go into longer ones, in which a TPU
+# computes attention across texts too.
+USUAL_ROW = 2048
+# A row has a text for so many of its tokens at most: the shortest text is a
+# begin of text and `<|embed|>\n`.
+TOKENS_A_TEXT = 8
+# Texts that are tokenized, sorted and packed together.
+WINDOW = 2**15
+# Bytes of the caches that one call leaves on the device.
+CACHE_BYTES = 2**30
+# Calls that are under way while results are read.
+AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What `Encoder.encode` does with every text.
+
+  Attributes:
+    prefix: What stands before it, with BOS; not pooled.
+    max_length: Tokens to keep, those of the prefix included.
+    batch_size: A call has as many tokens as this many texts of `max_length`.
+    normalized: Whether embeddings have length 1.
+    get_cache: Whether KV caches are kept.
+  """
+
+  prefix: str
+  max_length: int
+  batch_size: int
+  normalized: bool = True
+  get_cache: bool = False
+
+
+class Encoder:
+  """Encodes texts with one model; under `jax.set_mesh`."""
+
+  def __init__(self, config: Config, model: Decoder, tokenizer: Tokenizer):
+    """Keeps what it encodes with."""
+    self.config, self.model, self.tokenizer = config, model, tokenizer
+
+  def encode(
+    self, texts: Sequence[str], request: Request, progress: bool
+  ) -> tuple[np.ndarray, list[KVCache] | None]:
+    """Encodes texts of any mix of lengths.
+
+    Args:
+      texts: The texts.
+      request: What to do with each.
+      progress: Whether a bar shows how far it is.
+
+    Returns:
+      float32 [texts, D], in the order of the texts; a text without tokens is
+      0. And the caches, if they are asked for.
+
+    Raises:
+      FormatError: The prefix leaves no room for a text.
+    """
+    model = self.model.config
+    width = model.projection_dim or model.embed_dim
+    found = np.zeros((len(texts), width), np.float32)
+    caches: list[KVCache | None] = [None] * len(texts)
+    cut = empty = 0
+    with tqdm(
+      total=len(texts), desc='Encoding', unit='text', disable=not progress
+    ) as bar:
+      for start in range(0, len(texts), WINDOW):
+        tokens = self._tokenize(texts[start : start + WINDOW], request)
+        cut += sum(text.cut > 0 for text in tokens)
+        empty += sum(
+          text.instruction_length == len(text.ids) for text in tokens
+        )
+        for members, rows, keys_values in self._run(tokens, request):
+          for i, (embedding, cache) in enumerate(
+            zip(rows, keys_values, strict=True)
+          ):
+            found[start + members[i]] = embedding
+            caches[start + members[i]] = cache
+          bar.update(len(members))
+    if cut:
+      logging.warning(
+        '%d of %d texts are longer than max_length=%d tokens, and were cut.',
+        cut, len(texts), request.max_length,
+      )  # fmt: skip
+    if empty:
+      logging.warning(
+        '%d of %d texts are empty; their embeddings are 0.', empty, len(texts)
+      )
+    return found, caches if request.get_cache else None
+
+  def _tokenize(
+    self, texts: Sequence[str], request: Request
+  ) -> list[EmbeddingText]:
+    encoded = self.tokenizer.encode_parts_batch(
+      [(request.prefix, text) for text in texts]
+    )
+    tokens = []
+    for ids, part in encoded:
+      if part.any():
+        tokens.append(mark_embedding(ids, part, request.max_length))
+      else:
+        ids = ids[: request.max_length]
+        tokens.append(EmbeddingText(ids, len(ids)))
+    return tokens
+
+  def _run(
+    self, texts: Sequence[EmbeddingText], request: Request
+  ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[KVCache | None]]]:
+    """Encodes tokens; yields which texts, their embeddings and their caches."""
+    pending: collections.deque = collections.deque()
+    for members, packing, batch, segments in self._pack(texts, request):
+      result = _embed(
+        self.config, self.model, place_batch(jax.sharding.get_mesh(), batch),
+        segments, request.normalized, request.get_cache,
+      )  # fmt: skip
+      pending.append((members, packing, result))
+      if len(pending) > AHEAD - request.get_cache:
+        yield self._take(texts, *pending.popleft())
+    while pending:
+      yield self._take(texts, *pending.popleft())
+
+  def _take(
+    self,
+    texts: Sequence[EmbeddingText],
+    members: np.ndarray,
+    packing: Packing,
+    result: tuple,
+  ) -> tuple[np.ndarray, list[np.ndarray], list[KVCache | None]]:
+    """Reads the texts' embeddings and caches out of the rows of a call."""
+    embeddings, layers = jax.device_get(result)
+    found, caches = [], []
+    for text, row, segment, offset in zip(
+      members, packing.rows, packing.segments, packing.offsets, strict=True
+    ):
+      found.append(embeddings[row, segment - 1])
+      if not layers:
+        caches.append(None)
+        continue
+      place = np.s_[row, offset : offset + len(texts[text].ids)]
+      caches.append(
+        KVCache(
+          *(
+            np.stack([layer[part][place].swapaxes(0, 1) for layer in layers])
+            for part in (0, 1)
+          )
+        )
+      )
+    return members, found, caches
+
+  def _pack(
+    self, texts: Sequence[EmbeddingText], request: Request
+  ) -> Iterator[tuple[np.ndarray, Packing, EmbeddingRows, int]]:
+    """Packs texts into calls; yields the texts of one, and its batch."""
+    lengths = np.array([len(text.ids) for text in texts])
+    for group in (
+      np.flatnonzero(lengths > USUAL_ROW),
+      np.flatnonzero(lengths <= USUAL_ROW),
+    ):
+      if not len(group):
+        continue
+      length = _round_up(int(lengths[group].max()), LEAST_ROW)
+      segments = length // TOKENS_A_TEXT
+      packing = pack(lengths[group], length, segments)
+      call = self._rows_a_call(length, request)
+      for start in range(0, packing.num_rows, call):
+        inside = (packing.rows >= start) & (packing.rows < start + call)
+        members = np.flatnonzero(inside)
+        shards = row_shards(jax.sharding.get_mesh())
+        rows = min(packing.num_rows - start, call)
+        part = Packing(
+          packing.rows[members] - start,
+          packing.segments[members],
+          packing.offsets[members],
+          min(call, shards * _round_up(-(-rows // shards), 1)),
+        )
+        members = group[members]
+        batch = _fill(part, [texts[i] for i in members], length, shards)
+        yield members, part, batch, segments
+
+  def _rows_a_call(self, length: int, request: Request) -> int:
+    """Returns the rows of a full call, a multiple of the shards."""
+    rows = request.batch_size * request.max_length // length
+    if request.get_cache:
+      rows = min(rows, CACHE_BYTES // (length * cache_bytes(self.config)))
+    shards = row_shards(jax.sharding.get_mesh())
+    return max(1, rows // shards) * shards
+
+
+def cache_bytes(config: Config) -> int:
+  """Returns the bytes that a token's keys and values take."""
+  model = config.model
+  numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+  return numbers * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
+
+
+def _round_up(count: int, least: int) -> int:
+  """Returns the power of two times `least` that `count` fits: few shapes."""
+  size = least
+  while size < count:
+    size *= 2
+  return size
+
+
+def _fill(
+  packing: Packing, texts: Sequence[EmbeddingText], length: int, shards: int
+) -> EmbeddingRows:
+  lengths = np.array([len(text.ids) for text in texts])
+  fill = Filler(
+    packing, lengths, packing.num_rows, length, 0, RowShards.whole(shards)
+  )
+  in_instruction = fill.join([text.in_instruction for text in texts], bool)
+  rows: Rows = fill.rows([text.ids for text in texts], in_instruction)
+  nothing = np.zeros((0,), np.int32)
+  return EmbeddingRows(
+    rows,
+    (rows.segments > 0) & ~rows.in_instruction,
+    nothing,
+    nothing[:, None],
+    np.zeros((0, 0), bool),
+    np.int32(0),
+  )
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _embed(
+  config: Config,
+  model: Decoder,
+  batch: EmbeddingRows,
+  segments: int,
+  normalized: bool,
+  get_cache: bool,
+) -> tuple[jax.Array, list]:
+  """Returns [R, M, D], and of each layer keys and values, [R, T, K, H]."""
+  kind = embedding_kind(config.model.attention)
+  hidden, layers = model.run_to_cache(batch.rows, kind, config.attention_kernel)
+  pooled = objective.pool_texts(model, hidden, batch, segments)
+  if normalized:
+    pooled = pooling.normalise(pooled)
+  return pooled, layers if get_cache else []

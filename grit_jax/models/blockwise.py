@@ -1,0 +1,225 @@
+"""Attention in blocks: exact, in plain operations, without the whole scores.
+
+Every attention mode of the package lets a token see one stretch of positions:
+from the start of its text, or of its window, to itself, to the end of its text
+or to the end of its instruction. So a mask is two numbers a token, and a block
+of queries needs no keys before the least or after the greatest of them. Scores
+exist for a block of queries and a block of keys (Milakov and Gimelshein 2018,
+arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135); blocks that nobody sees
+are not computed, forward and backward.
+
+The keys may be longer than the queries: a cache, of which only the part in use
+is read.
+
+Letters: see `grit_jax.models.decoder`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from grit_jax.sharding import spec
+
+# Positions a block, of queries and of keys: on a CPU the scores of a block
+# stay in the cache, and short texts that share a row see few blocks.
+BLOCK = 128
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array
+) -> jax.Array:
+  """Grouped-query attention, each device its rows and heads.
+
+  Args:
+    q: [B, T, N, H], scaled; a query head n reads key-value head n // G.
+    k: [B, K, S, H].
+    v: [B, K, S, H].
+    first: int32 [B, T], the first key that each query sees.
+    last: int32 [B, T], the last one; where it is before `first` the query
+      sees nothing, and its result is 0.
+
+  Returns:
+    [B, T, N, H], in the dtype of `q`.
+  """
+  queries = spec('rows', 'seq', 'heads', 'head_dim')
+  keys = spec('rows', 'kv_heads', 'seq', 'head_dim')
+  rows = spec('rows', 'seq')
+  first, last = (jax.sharding.reshard(x, rows) for x in (first, last))
+  return jax.shard_map(
+    _attend_rows,
+    in_specs=(queries, keys, keys, rows, rows),
+    out_specs=queries,
+    # How many blocks there are differs from device to device.
+    check_vma=False,
+  )(q, k, v, first, last)
+
+
+def _attend_rows(
+  q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array
+) -> jax.Array:
+  """`attend` on one device: pads, groups the heads, and cuts the queries."""
+  rows, tokens, heads, head_dim = q.shape
+  kv_heads = k.shape[1]
+  group = heads // kv_heads
+  size = min(BLOCK, tokens)
+  extra = -tokens % size
+  q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
+  first = jnp.pad(first, ((0, 0), (0, extra)), constant_values=k.shape[2])
+  last = jnp.pad(last, ((0, 0), (0, extra)), constant_values=-1)
+  key_padding = ((0, 0), (0, 0), (0, -k.shape[2] % BLOCK), (0, 0))
+  k, v = jnp.pad(k, key_padding), jnp.pad(v, key_padding)
+  # The query heads of a key-value head become one list of positions, so that
+  # a block is one matrix product a row and key-value head.
+  q = q.reshape(rows, -1, size, kv_heads, group, head_dim)
+  q = q.transpose(1, 0, 3, 4, 2, 5)
+  q = q.reshape(-1, rows, kv_heads, group * size, head_dim)
+  first = jnp.swapaxes(first.reshape(rows, -1, size), 0, 1)
+  last = jnp.swapaxes(last.reshape(rows, -1, size), 0, 1)
+  out = _attend_blocks(q, k, v, first, last)
+  out = out.reshape(-1, rows, kv_heads, group, size, head_dim)
+  out = out.transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(rows, -1, heads, head_dim)[:, :tokens]
+
+
+@jax.custom_vjp
+def _attend_blocks(
+  q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array
+) -> jax.Array:
+  """Attends block by block.
+
+  Args:
+    q: [blocks, B, K, G * size, H].
+    k: [B, K, S, H], S a multiple of `BLOCK`.
+    v: [B, K, S, H].
+    first: int32 [blocks, B, size].
+    last: int32 [blocks, B, size].
+
+  Returns:
+    As `q`.
+  """
+  return _forward(q, k, v, first, last)[0]
+
+
+def _range(first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the blocks of keys that some query sees: the first, and the end."""
+  seen = first <= last
+  start = jnp.where(seen, first, jnp.iinfo(jnp.int32).max).min() // BLOCK
+  return start, jnp.where(seen, last, -1).max() // BLOCK + 1
+
+
+def _mask(
+  block: jax.Array, first: jax.Array, last: jax.Array, group: int
+) -> jax.Array:
+  """Returns who sees which key of a block, bool [B, 1, G * size, BLOCK]."""
+  keys = block * BLOCK + jnp.arange(BLOCK)
+  seen = (first[..., None] <= keys) & (keys <= last[..., None])
+  return jnp.tile(seen, (1, group, 1))[:, None]
+
+
+def _take(x: jax.Array, block: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_slice_in_dim(x, block * BLOCK, BLOCK, axis=2)
+
+
+def _score(q: jax.Array, k: jax.Array) -> jax.Array:
+  """Scores in float32: a softmax over thousands of keys needs it."""
+  return jnp.einsum('bkth,bksh->bkts', q, k, preferred_element_type=jnp.float32)
+
+
+def _sum_values(weights: jax.Array, v: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    'bkts,bksh->bkth', weights.astype(v.dtype), v,
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def _forward(q, k, v, first, last):
+  """Returns the result, and the logarithm of each softmax's denominator."""
+  group = q.shape[3] // first.shape[2]
+
+  def attend_block(_: None, block: tuple) -> tuple[None, tuple]:
+    q, first, last = block
+
+    def add(index: jax.Array, carry: tuple) -> tuple:
+      greatest, total, out = carry
+      scores = _score(q, _take(k, index))
+      mask = _mask(index, first, last, group)
+      scores = jnp.where(mask, scores, -jnp.inf)
+      # Finite also where nothing has been seen yet: -inf less -inf is NaN.
+      new = jnp.maximum(greatest, scores.max(axis=-1, keepdims=True))
+      weights = jnp.exp(scores - new)
+      kept = jnp.exp(greatest - new)
+      total = kept * total + weights.sum(axis=-1, keepdims=True)
+      return new, total, kept * out + _sum_values(weights, _take(v, index))
+
+    least = jnp.full((*q.shape[:3], 1), jnp.finfo(jnp.float32).min)
+    zero = jnp.zeros_like(least)
+    start, stop = _range(first, last)
+    greatest, total, out = jax.lax.fori_loop(
+      start, stop, add, (least, zero, jnp.zeros(q.shape, jnp.float32))
+    )
+    total = jnp.where(total > 0, total, 1.0)
+    return None, ((out / total).astype(q.dtype), greatest + jnp.log(total))
+
+  _, (out, normaliser) = jax.lax.scan(attend_block, None, (q, first, last))
+  return out, normaliser
+
+
+def _forward_to_keep(q, k, v, first, last):
+  out, normaliser = _forward(q, k, v, first, last)
+  return out, (q, k, v, first, last, out, normaliser)
+
+
+def _backward(kept, out_gradient):
+  q, k, v, first, last, out, normaliser = kept
+  group = q.shape[3] // first.shape[2]
+
+  def add_block(sums: tuple, block: tuple) -> tuple:
+    q, first, last, out, normaliser, out_gradient = block
+    # Each softmax's gradient has the weighted mean of the values' taken off.
+    mean = (out.astype(jnp.float32) * out_gradient.astype(jnp.float32)).sum(
+      axis=-1, keepdims=True
+    )
+
+    def add(index: jax.Array, carry: tuple) -> tuple:
+      q_sum, k_sum, v_sum = carry
+      keys, values = _take(k, index), _take(v, index)
+      mask = _mask(index, first, last, group)
+      weights = jnp.exp(_score(q, keys) - normaliser)
+      weights = jnp.where(mask, weights, 0.0)
+      by_weight = _score(out_gradient, values)
+      by_score = (weights * (by_weight - mean)).astype(q.dtype)
+      weights = weights.astype(q.dtype)
+      add_to = partial(_add_block, index=index)
+      return (
+        q_sum + _sum_values(by_score, keys),
+        add_to(k_sum, _sum_queries(by_score, q)),
+        add_to(v_sum, _sum_queries(weights, out_gradient)),
+      )
+
+    start, stop = _range(first, last)
+    q_sum = jnp.zeros(q.shape, jnp.float32)
+    q_sum, *sums = jax.lax.fori_loop(start, stop, add, (q_sum, *sums))
+    return tuple(sums), q_sum.astype(q.dtype)
+
+  zeros = jnp.zeros(k.shape, jnp.float32)
+  (k_sum, v_sum), q_sum = jax.lax.scan(
+    add_block,
+    (zeros, zeros),
+    (q, first, last, out, normaliser, out_gradient),
+  )
+  return q_sum, k_sum.astype(k.dtype), v_sum.astype(v.dtype), None, None
+
+
+def _sum_queries(weights: jax.Array, x: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    'bkts,bkth->bksh', weights, x, preferred_element_type=jnp.float32
+  )
+
+
+def _add_block(x: jax.Array, block: jax.Array, index: jax.Array) -> jax.Array:
+  block = _take(x, index) + block
+  return jax.lax.dynamic_update_slice_in_dim(x, block, index * BLOCK, axis=2)
+
+
+_attend_blocks.defvjp(_forward_to_keep, _backward)
