@@ -11,7 +11,8 @@ def count_flops(jaxpr: Any, shards: int, trips: int = 1) -> float:
   """Counts the operations of all products of a program.
 
   A flash kernel counts with all the blocks of its grid, those that a causal
-  mask skips among them.
+  mask skips among them. Attention in plain operations counts one block of keys
+  a block of queries, too little: what is read is known when it runs.
 
   Args:
     jaxpr: the program, or a part of it.

@@ -196,17 +196,19 @@ def test_bfloat16_gives_bfloat16_near_float64(one_device: Mesh):
     np.testing.assert_allclose(x / scale, y / scale, atol=BFLOAT16_TOLERANCE)
 
 
-def test_sums_of_bfloat16_keep_every_term(one_device: Mesh):
-  # A bfloat16 sum of ones stays at 256.
-  q, k, v, cotangent = (
-    np.full_like(x, value, 'bfloat16')
-    for x, value in zip(draw(600, 600), (0, 1, 1, 1), strict=True)
-  )
-  first = np.zeros((ROWS, 600), 'int32')
-  arrays, stretches = [q, k, v, cotangent], (first, first + 599)
-  out, _, _, v_gradient = differentiate(*place(one_device, arrays, stretches))
-  # 600 weights of 1/600, of three queries heads; each is rounded once.
-  expected = HEADS / KV_HEADS
-  for x, y in ((out, 1), (v_gradient, expected)):
-    x = np.asarray(x, np.float64)
-    np.testing.assert_allclose(x, y, rtol=2**-8)
+def test_sums_of_bfloat16_are_float32(one_device: Mesh):
+  # Terms of one sign in the first two blocks and of the other in the rest: a
+  # sum that was rounded on its way would be off by as much as its result.
+  tokens = 4 * BLOCK
+  q, k, v, cotangent = draw(tokens, tokens)
+  sign = np.where(np.arange(tokens) < 2 * BLOCK, 1, -1)[:, None]
+  arrays = [0 * q, k, v + sign, cotangent + sign[:, None]]
+  arrays = [x.astype('bfloat16') for x in arrays]
+  first = np.zeros((ROWS, tokens), 'int32')
+  stretches = (first, first + tokens - 1)
+  found = differentiate(*place(one_device, arrays, stretches))
+  expected = differentiate_in_float64(*arrays, *stretches)
+  # All weights are 1/512, exact in bfloat16: the result alone is rounded.
+  for i in (0, 3):
+    x = np.asarray(found[i], np.float64)
+    np.testing.assert_allclose(x, expected[i], rtol=2**-8, atol=1e-6)
