@@ -195,4 +195,4 @@ def test_adapters_and_their_base_are_within_the_budget(
   # Adapters, their moments and their gradient: four numbers each.
   assert figures['held']['state'] < 0.01 * 3 * in_layers * 4 / 2**30 / chips
   for each in large(figures, 'all-gather', LARGE_MIB):
-    assert each['result'].startswith(('u8[', 'bf16[32000,')), each
+    assert each['result'].startswith('u8[') or '32000' in each['result'], each
