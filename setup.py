@@ -50,6 +50,7 @@ EXTRAS = {
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
+    'peft>=0.21.2; python_version < "3.12"',
     'sentence-transformers>=6.2; python_version < "3.12"',
     'torch==2.13.0; python_version < "3.12"',
     'transformers>=5.2; python_version < "3.12"',

@@ -193,7 +193,7 @@ WRONG = [
   ('lora.rank', -1),
   ('lora.alpha', 0.0),
   ('lora.dropout', 1.0),
-  ('lora.targets', 'q,router'),
+  ('lora.targets', 'router'),
   ('lora.base', 'int4'),
   ('mesh.data', 0),
   ('mesh.fsdp', -2),

@@ -97,6 +97,7 @@ def compile_step(request: Request) -> dict[str, Any]:
     'hbm_limit_gib': chip.hbm_gib,
     'executed_petaflops': program['executed_petaflops'],
     'ideal_petaflops': program['ideal_petaflops'],
+    'ideal_forward_passes': program['ideal_forward_passes'],
     'executed_over_ideal_flops': (
       program['executed_petaflops'] / program['ideal_petaflops']
     ),

@@ -7,6 +7,10 @@ gradient is taken with respect to those alone, so that the rest has none.
 
 A module with projections has its adapters by their names in `adapters`. Those
 of experts are applied in `moe`.
+
+Why not qwix: it finds a weight by the identity of what a product is called
+with, and here a product gets a weight that was sliced out of its stack, cast
+and gathered; and it adds nothing to grouped products of experts.
 """
 
 import dataclasses

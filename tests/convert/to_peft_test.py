@@ -21,6 +21,7 @@ from grit_jax.convert.to_hf import to_hf
 from grit_jax.convert.to_peft import to_peft
 from grit_jax.initial import (
   describe_base,
+  load_model,
   load_unmerged,
   open_initial,
 )
@@ -32,6 +33,8 @@ from grit_jax.models.lora import add_adapters, split_trained
 # Two float32 programs over three layers; logits of size 1 to 10, and merged
 # weights rounded once more.
 TOLERANCE = 1e-4
+# A merged weight is one product of float32 numbers away from its factors.
+MERGED_TOLERANCE = 1e-5
 # What adapters change is far above it.
 CHANGE = 1e-2
 
@@ -172,6 +175,21 @@ def test_the_merged_export_gives_our_logits_and_embeddings(
   for ours, theirs in zip(expected, found, strict=True):
     scale = np.abs(ours).max()
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE * scale)
+
+
+@pytest.mark.parametrize('kind', ['llama', 'mixtral'])
+def test_a_model_that_is_merged_as_it_is_read_is_the_unmerged_one(runs, kind):
+  base, workdir = runs(kind)
+  initial = open_initial(workdir)
+  with jax.set_mesh(make_mesh()):
+    expected = run_ours(load_unmerged(initial))
+    key = jax.random.key(0)
+    found = run_ours(load_model(initial.config, initial, key))
+    plain = run_ours(load_model(initial.config, open_initial(base), key))
+  for merged, ours, unadapted in zip(found, expected, plain, strict=True):
+    scale = np.abs(ours).max()
+    np.testing.assert_allclose(merged, ours, atol=MERGED_TOLERANCE * scale)
+    assert np.abs(unadapted - ours).max() > CHANGE * scale
 
 
 def test_factors_are_written_as_they_are_saved(runs, tmp_path):

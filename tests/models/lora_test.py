@@ -256,16 +256,18 @@ def test_gradients_do_not_depend_on_the_mesh(
     )
 
 
-@pytest.mark.parametrize('remat', ['full', 'offload'])
-@pytest.mark.parametrize('sizes', [ONE, MeshConfig(2, 2, 2, 1)])
+@pytest.mark.parametrize(
+  ('remat', 'sizes', 'chunk_rows'),
+  [('offload', ONE, 0), ('full', MeshConfig(2, 2, 2, 1), 8)],
+)
 def test_what_is_dropped_does_not_depend_on_chunks_or_mesh(
-  remat, sizes, random_decoder, batch, gradients
+  remat, sizes, chunk_rows, random_decoder, batch, gradients
 ):
   gradient, metrics = gradients(DENSE, True)
   assert abs(metrics['loss'] - gradients(DENSE, False)[1]['loss']) > 1e-3
   config = make_config(
     lora=with_dropout(True),
-    memory=MemoryConfig(remat=remat, chunk_rows=0 if sizes == ONE else 8),
+    memory=MemoryConfig(remat=remat, chunk_rows=chunk_rows),
   )
   found, found_metrics = gradient_on(
     sizes, random_decoder, batch, config, key=jax.random.key(5)
@@ -425,3 +427,32 @@ def test_steps_drop_other_inputs(one_device, random_decoder, batch):
     state = jax.tree.map(jnp.copy, state)
     losses.append(float(step(state, placed, frozen)[1]['loss']))
   assert losses[0] == losses[2] != losses[1]
+
+
+def test_adapters_of_full_rank_learn_what_all_weights_learn(
+  one_device, random_decoder, batch
+):
+  """From the same start, at the same rate, on one batch."""
+  model = dataclasses.replace(DENSE, num_layers=1)
+  config = make_config(
+    model, lora=LoraConfig(rank=48, alpha=48.0, base='float32')
+  )
+  placed = place_batch(one_device, batch)
+  ends = []
+  for adapted in False, True:
+    decoder = random_decoder(one_device, model)
+    before = float(losses_of(one_device, decoder, batch, config)['loss'])
+    if adapted:
+      decoder = add_adapters(decoder, config.lora, jax.random.key(0))
+    trained, frozen = split_trained(decoder)
+    optimizer = optax.adam(3e-3)
+    step = objective.make_train_step(
+      config, optimizer, optax.constant_schedule(3e-3), {}
+    )
+    state = objective.create_state(optimizer, trained)
+    for _ in range(40):
+      state, metrics = step(state, placed, frozen)
+    ends.append(float(metrics['loss']))
+  assert ends[0] < 0.5 * before
+  assert ends[1] < ends[0] + 0.1 * before
+  assert before > 1
