@@ -406,7 +406,9 @@ class Decoder(nnx.Module):
     for block in self.blocks:
       x, one = add_layer(x, (block, None))
       kept.append(one)
-    return x, tuple(zip(*kept, strict=True))
+    statistics, keys_values = zip(*kept, strict=True)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *statistics)
+    return x, (stacked, keys_values)
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     """Looks up token ids, [B, T], as [B, T, D]."""
