@@ -152,9 +152,9 @@ def parse(line: str | bytes, where: str, kind: str | None = None) -> Record:
 
 
 def _parse_record(line: str | bytes, where: str) -> Record:
-  fields = _parse_json(line, where)
+  fields = parse_json(line, where)
   if not isinstance(fields, dict):
-    raise _mismatch(where, 'the line', fields, 'an object')
+    raise mismatch(where, 'the line', fields, 'an object')
   embedding = [name for name in ('query', 'pos', 'neg') if name in fields]
   if embedding and 'text' in fields:
     raise RecordError(
@@ -174,7 +174,12 @@ def _parse_record(line: str | bytes, where: str) -> Record:
   )
 
 
-def _parse_json(line: str | bytes, where: str) -> Any:
+def parse_json(line: str | bytes, where: str) -> Any:
+  """Returns what a line holds.
+
+  Raises:
+    RecordError: It is not JSON in UTF-8; the message begins with `where`.
+  """
   if isinstance(line, bytes):
     try:
       line = line.decode('utf-8')
@@ -207,9 +212,9 @@ def _parse_embedding(fields: dict[str, Any], where: str) -> EmbeddingRecord:
       raise RecordError(f'{where}: "{name}" is missing{hint}', WRONG_FIELDS)
   for name in 'pos', 'neg':
     if not isinstance(fields[name], list):
-      raise _mismatch(where, name, fields[name], 'a list of texts')
+      raise mismatch(where, name, fields[name], 'a list of texts')
   if not fields['pos']:
-    raise _mismatch(where, 'pos', fields['pos'], 'at least one text')
+    raise mismatch(where, 'pos', fields['pos'], 'at least one text')
   return EmbeddingRecord(
     query=_parse_text(fields['query'], 'query', where),
     positives=tuple(
@@ -229,29 +234,29 @@ def _parse_id(fields: dict[str, Any], where: str) -> str | None:
   if value is None:
     return None
   if isinstance(value, bool) or not isinstance(value, str | int | float):
-    raise _mismatch(where, 'id', value, 'a string or a number')
+    raise mismatch(where, 'id', value, 'a string or a number')
   return json.dumps(value)
 
 
 def _parse_text(value: Any, path: str, where: str) -> Text:
   if isinstance(value, str):
-    return Text(None, _check_string(value, path, where))
+    return Text(None, check_string(value, path, where))
   if not isinstance(value, list) or len(value) != 2:
-    raise _mismatch(where, path, value, '[instruction, text] or a string')
+    raise mismatch(where, path, value, '[instruction, text] or a string')
   return Text(
-    _check_string(value[0], f'{path}[0]', where, blank=True),
-    _check_string(value[1], f'{path}[1]', where),
+    check_string(value[0], f'{path}[0]', where, blank=True),
+    check_string(value[1], f'{path}[1]', where),
   )
 
 
 def _parse_generative(fields: dict[str, Any], where: str) -> GenerativeRecord:
   value, identity = fields['text'], _parse_id(fields, where)
   if isinstance(value, str):
-    turns = (_check_string(value, 'text', where),)
+    turns = (check_string(value, 'text', where),)
     return GenerativeRecord(turns, plain=True, id=identity)
   turns = 'a string or a list of turns: user, assistant, user, ...'
   if not isinstance(value, list) or not value:
-    raise _mismatch(where, 'text', value, turns)
+    raise mismatch(where, 'text', value, turns)
   if len(value) % 2:
     problem = 'no answer' if len(value) == 1 else 'the last one has no answer'
     raise RecordError(
@@ -261,20 +266,29 @@ def _parse_generative(fields: dict[str, Any], where: str) -> GenerativeRecord:
     )
   return GenerativeRecord(
     tuple(
-      _check_string(turn, f'text[{i}]', where, blank=i % 2 == 0)
+      check_string(turn, f'text[{i}]', where, blank=i % 2 == 0)
       for i, turn in enumerate(value)
     ),
     id=identity,
   )
 
 
-def _check_string(
-  value: Any, path: str, where: str, blank: bool = False
-) -> str:
+def check_string(value: Any, path: str, where: str, blank: bool = False) -> str:
+  """Returns a value that must be a text.
+
+  Args:
+    value: What was found.
+    path: The field it stands in, for the message.
+    where: The line that the field stands in.
+    blank: Whether it may be empty.
+
+  Raises:
+    RecordError: It is no string, or none that a text can be.
+  """
   if not isinstance(value, str):
-    raise _mismatch(where, path, value, 'a string')
+    raise mismatch(where, path, value, 'a string')
   if not blank and not value.strip():
-    raise _mismatch(where, path, value, 'a text that is not empty')
+    raise mismatch(where, path, value, 'a text that is not empty')
   if '\0' in value:
     raise RecordError(
       f'{where}: {path}: found a null character at {value.index(chr(0))}, '
@@ -293,7 +307,8 @@ def _check_string(
   return value
 
 
-def _mismatch(where: str, path: str, found: Any, expected: str) -> RecordError:
+def mismatch(where: str, path: str, found: Any, expected: str) -> RecordError:
+  """Returns the error of a field that holds something else than expected."""
   empty = isinstance(found, str) and not found.strip()
   return RecordError(
     f'{where}: {path}: found {_describe(found)}, expected {expected}',

@@ -1,0 +1,266 @@
+"""Corpora: files of documents, and the indexes that are made of them.
+
+A corpus is a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file, a document a line:
+`{"text": ...}`, with a `title` or without, or the text alone as a JSON string.
+An `id`, or `_id` as in BEIR, is a string or a number; a document without one is
+called by its place in the file, from 0. Other fields are ignored.
+"""
+
+import array
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from grit_jax.data import folders, records
+from grit_jax.data.records import RecordError
+from grit_jax.data.sources import TRAIN, FileSource
+from grit_jax.inference.index import INDEX, Index
+from grit_jax.inference.shards import Document, SearchIndexError, hash_id
+
+# Where a corpus and a model lie: it may change while they do not.
+_PLACES = ('input', 'model')
+_HASHED = '_sha256'
+
+Embed = Callable[[Sequence[Document]], np.ndarray]
+
+
+def parse_document(line: bytes, where: str, number: int) -> Document:
+  """Reads one line of a corpus.
+
+  Args:
+    line: The line.
+    where: Where it stands, such as "corpus.jsonl:17", for the message.
+    number: The place of the document, from 0.
+
+  Returns:
+    `id`, `text` and, if it is not blank, `title`. The text may be blank.
+
+  Raises:
+    RecordError: The line is no document.
+  """
+  fields = records.parse_json(line, where)
+  if isinstance(fields, str):
+    fields = {'text': fields}
+  if not isinstance(fields, dict):
+    raise records.mismatch(where, 'the line', fields, 'an object or a string')
+  if 'text' not in fields:
+    raise RecordError(f'{where}: "text" is missing', records.WRONG_FIELDS)
+  document = {
+    'id': _parse_id(fields, where, number),
+    'text': records.check_string(fields['text'], 'text', where, blank=True),
+  }
+  title = fields.get('title')
+  if title is not None:
+    title = records.check_string(title, 'title', where, blank=True)
+    if title.strip():
+      document['title'] = title
+  return document
+
+
+def _parse_id(fields: dict[str, Any], where: str, number: int) -> str:
+  given = [name for name in ('id', '_id') if fields.get(name) is not None]
+  if not given:
+    return str(number)
+  name, *others = given
+  if others:
+    raise RecordError(
+      f'{where}: found both "id" and "_id", expected one', records.WRONG_FIELDS
+    )
+  value = fields[name]
+  if isinstance(value, int | float) and not isinstance(value, bool):
+    return json.dumps(value)
+  if not isinstance(value, str):
+    raise records.mismatch(where, name, value, 'a string or a number')
+  return records.check_string(value, name, where)
+
+
+def read_documents(
+  source: FileSource, start: int = 0
+) -> Iterator[tuple[str, Document]]:
+  """Iterates over where each document stands, and the document.
+
+  Args:
+    source: The file.
+    start: The place of the first one to give, from 0.
+  """
+  for line in source.read(held_out_fraction=0.0):
+    if line.number > start:
+      where = source.where(TRAIN, line.number)
+      yield where, parse_document(line.json, where, line.number - 1)
+
+
+def check_corpus(source: FileSource) -> int:
+  """Reads a corpus once, so that a fault shows before hours of work.
+
+  Returns:
+    The number of its documents.
+
+  Raises:
+    RecordError: A line is no document, two have one id, or there is none.
+  """
+  hashes, blank = array.array('Q'), 0
+  for _, document in read_documents(source):
+    hashes.append(hash_id(document['id']))
+    blank += not (document['text'].strip() or 'title' in document)
+  if not hashes:
+    raise RecordError(f'{source}: there are no documents in it')
+  found, counts = np.unique(np.array(hashes), return_counts=True)
+  if (counts > 1).any():
+    _check_ids(source, set(found[counts > 1].tolist()))
+  logging.info(
+    '%s: %d documents, %d of them without any text.',
+    source,
+    len(hashes),
+    blank,
+  )
+  return len(hashes)
+
+
+def _check_ids(source: FileSource, hashes: set[int]) -> None:
+  """Checks that among the ids of these hashes no two are equal."""
+  places: dict[str, str] = {}
+  for where, document in read_documents(source):
+    name = document['id']
+    if hash_id(name) in hashes and places.setdefault(name, where) != where:
+      raise RecordError(
+        f'{where}: the id {name!r} is also that of {places[name]}',
+        records.DUPLICATE_ID,
+      )
+
+
+class CorpusWriter:
+  """Embeds a corpus into an index, a shard after the other.
+
+  Stopped at any time and made again, it goes on after the last whole shard, and
+  what it writes is the same.
+
+  Attributes:
+    total: Number of documents of the corpus.
+    done: Number of those in the index.
+  """
+
+  def __init__(
+    self,
+    source: FileSource,
+    folder: str | os.PathLike,
+    settings: dict[str, Any],
+    dtype: str,
+    shard_documents: int,
+  ):
+    """Checks all that can be checked before a model is there.
+
+    Args:
+      source: The corpus.
+      folder: The index. It is new, or was begun with the same arguments.
+      settings: What embeddings depend on, for the index's metadata. Where `X`
+        is a path, `X_sha256` says whether it is the same.
+      dtype: To store embeddings in.
+      shard_documents: Number of documents of a shard.
+
+    Raises:
+      PreparationError: The folder cannot be written.
+      RecordError: The corpus is not what it must be.
+      SearchIndexError: The folder was begun with something else.
+    """
+    if '://' in os.fspath(folder) or os.path.isfile(folder):
+      raise SearchIndexError(
+        f'{folder}: not a folder of a local or mounted disk'
+      )
+    self._source, self._folder = source, pathlib.Path(folder)
+    self._dtype, self._shard_documents = dtype, shard_documents
+    self._settings = {
+      'input': str(source),
+      'input_sha256': source.fingerprint(),
+      **settings,
+      'shard_documents': shard_documents,
+    }
+    self._index = _open_begun(self._folder, self._settings, dtype)
+    self.total = check_corpus(source)
+    self.done = 0
+    if self._index and len(self._index):
+      self.done = min(len(self._index), self.total)
+      _check_last(self._index, source, self.done)
+      logging.info('%s: %d documents are there.', folder, self.done)
+
+  def write(self, embed: Embed) -> None:
+    """Embeds what is not done.
+
+    Args:
+      embed: Embeds documents, in order: float32 [N, D], of length 1.
+
+    Raises:
+      PreparationError: The disk is full.
+      SearchIndexError: An embedding is not what it must be.
+    """
+    progress = tqdm(
+      total=self.total,
+      initial=self.done,
+      desc=f'Embedding {self._source}',
+      unit=' documents',
+    )
+    rest = read_documents(self._source, self.done)
+    documents = (document for _, document in rest)
+    with progress:
+      while shard := list(itertools.islice(documents, self._shard_documents)):
+        embeddings = np.asarray(embed(shard))
+        if self._index is None:
+          self._index = Index.create(
+            self._folder,
+            embeddings.shape[1],
+            self._dtype,
+            {**self._settings, 'documents': self.total},
+          )
+        self._index.extend(embeddings, shard)
+        self.done += len(shard)
+        progress.update(len(shard))
+
+
+def _open_begun(
+  folder: pathlib.Path, settings: dict[str, Any], dtype: str
+) -> Index | None:
+  """Opens what was begun, if it was begun with the same; None if nothing was.
+
+  Raises:
+    SearchIndexError: It was begun with something else.
+  """
+  if not (folder / INDEX).exists():
+    with folders.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    return None
+  index = Index.open(folder)
+  begun = {**index.metadata, 'dtype': index.dtype}
+  for name, value in {**settings, 'dtype': dtype}.items():
+    found = begun.get(name)
+    if name in _PLACES or found == value:
+      continue
+    if name.endswith(_HASHED):
+      what = name.removesuffix(_HASHED)
+      change = (
+        f'another content of {what} ({begun.get(what)}) than '
+        f'{settings[what]} has now'
+      )
+    else:
+      change = f'{name}={found!r}, not {value!r}'
+    raise SearchIndexError(
+      f'{folder}: was begun with {change}. Ask for the same, or for another '
+      'folder'
+    )
+  return index
+
+
+def _check_last(index: Index, source: FileSource, done: int) -> None:
+  """Checks that so many documents of the index are the corpus's first ones."""
+  (last,) = index.documents([done - 1])
+  where, expected = next(read_documents(source, done - 1))
+  if last != expected:
+    raise SearchIndexError(
+      f'{index.folder}: document {done - 1} is {last["id"]!r}, not that of '
+      f'{where}: it was extended with others before it was whole'
+    )
