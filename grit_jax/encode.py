@@ -71,7 +71,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   )
   for name, default, help_text in (
     ('max_length', 512, 'tokens of a document; more are cut'),
-    ('batch_size', 256, 'documents embedded at one time'),
+    ('batch_size', 32, 'the memory is that of so many documents'),
     ('shard_documents', 10_000, 'documents of a shard; a kill costs one'),
   ):
     parser.add_argument(

@@ -193,7 +193,7 @@ class CorpusWriter:
     """Embeds what is not done.
 
     Args:
-      embed: Embeds documents, in order: float32 [N, D], of length 1.
+      embed: Embeds documents, in order: float32 [N, D], of length 1 or 0.
 
     Raises:
       PreparationError: The disk is full.

@@ -40,7 +40,8 @@ class Index:
     folder: Its folder.
     dimension: Of an embedding.
     dtype: What embeddings are stored in, of `DTYPES`.
-    unit_norm: Whether every embedding has the length 1.
+    unit_norm: Whether every embedding has the length 1, or is 0, as that of an
+      empty text.
     metadata: What made the embeddings.
     largest_norm: What no embedding's length exceeds.
   """
@@ -87,7 +88,7 @@ class Index:
       dimension: Of an embedding.
       dtype: To store embeddings in, of `DTYPES`.
       metadata: What made the embeddings; anything that JSON holds.
-      unit_norm: Whether every embedding has the length 1. It is held to that.
+      unit_norm: See the class. Embeddings are held to it.
 
     Raises:
       SearchIndexError: There is an index, or such a one cannot be.

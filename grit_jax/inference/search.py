@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 if TYPE_CHECKING:
   from grit_jax.inference.index import Index
 
-# Of the index, on a device at one time: 256 MiB in float32 at D = 4096. While
-# it is computed with, the next one is read.
-BLOCK_ROWS = 16384
-# Queries of one product: their scores are 64 MiB.
+# Of the index, on a device at one time: 32 MiB in float32 at D = 4096. While it
+# is computed with, the next one is read. Eight times as many took four times as
+# long on a CPU: memory that large is new each time.
+BLOCK_ROWS = 2048
+# Queries of one product: their scores are 8 MiB.
 QUERY_BLOCK = 1024
 # Rows that the host holds in float64 at one time: 32 MiB at D = 4096.
 EXACT_ROWS = 1024

@@ -204,7 +204,7 @@ class Shard:
     norms = np.linalg.norm(rows.astype(np.float64), axis=1)
     faults = [(~np.isfinite(norms), 'is not finite')]
     if self._unit_norm:
-      off = np.abs(norms - 1) > _UNIT_TOLERANCE
+      off = (np.abs(norms - 1) > _UNIT_TOLERANCE) & (norms != 0)
       faults.append((off, 'does not have the length 1'))
     for wrong, fault in faults:
       if wrong.any():

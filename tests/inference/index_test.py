@@ -87,7 +87,7 @@ def tied(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize('sizes', [None, (1, 1, 1), (8, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize('block_rows', [4, 16384])
+@pytest.mark.parametrize('block_rows', [4, 2048])
 def test_search_is_the_definition_on_any_mesh_with_ties(
   tmp_path, rng, tied, mesh_of, monkeypatch, sizes, block_rows
 ):
@@ -306,6 +306,13 @@ def test_ids_of_one_hash_are_told_apart(tmp_path, rng, monkeypatch):
   index.check()
   with pytest.raises(SearchIndexError, match="'d1' is also that of document 1"):
     index.extend(draw(rng, 2), [{'id': i, 'text': ''} for i in ('x1', 'd1')])
+
+
+def test_the_embedding_of_an_empty_text_may_be_zero(tmp_path, rng):
+  x = change(draw(rng, 5), 3, 0)
+  index = make_index(tmp_path, x, (5,))
+  index.check()
+  check_found(index, -x[:2], 5, find_one_by_one(-x[:2], x, 5))
 
 
 def test_a_length_is_free_where_none_is_stated(tmp_path, rng):
