@@ -11,6 +11,7 @@ from absl.flags import argparse_flags
 from grit_jax.encode import USER_ERRORS, fingerprint, parse_positive
 from grit_jax.inference.cache import CacheError
 from grit_jax.inference.index import Index
+from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.shards import DTYPES, SearchIndexError
 from grit_jax.logs import quiet_libraries
 from grit_jax.rag.caches import DiskCaches, HostCaches
@@ -32,6 +33,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   commands = parser.add_subparsers(dest='command', required=True)
   _add_index(commands)
   _add_ask(commands)
+  _add_benchmark(commands)
   return parser.parse_args(argv[1:])
 
 
@@ -124,6 +126,28 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
   )
 
 
+def _add_benchmark(commands: argparse._SubParsersAction) -> None:
+  command = commands.add_parser(
+    'benchmark', help="the paper's latencies, side by side with PyTorch's"
+  )
+  command.add_argument('--output', required=True, help='a file for JSON')
+  command.add_argument(
+    '--model',
+    default='',
+    help='a Hugging Face folder (default: 320 M random weights)',
+  )
+  command.add_argument(
+    '--dtype',
+    choices=CACHE_DTYPES,
+    default='float32',
+    help='of weights and caches on both sides (default: float32)',
+  )
+  _add_number(command, 'tokens', 4000, 'of the long document or query')
+  _add_number(
+    command, 'repeats', 3, 'turns that count, after one that does not'
+  )
+
+
 def choose_mode(name: str, caches: str) -> Mode:
   """Returns the mode to answer in.
 
@@ -158,15 +182,10 @@ def ask(flags: argparse.Namespace) -> None:
       f'{index.metadata["model"]}'
     )
   questions = flags.questions or _read_questions()
+  sampling = Sampling(flags.max_new_tokens, flags.temperature, seed=flags.seed)
   answerer = _make_answerer(flags, path, index, mode)
   for batch in [questions] if flags.questions else ([q] for q in questions):
-    answers = answerer.answer(
-      batch,
-      max_new_tokens=flags.max_new_tokens,
-      temperature=flags.temperature,
-      seed=flags.seed,
-    )
-    for answer in answers:
+    for answer in answerer.answer(batch, sampling):
       show(answer, mode, flags.json)
   if isinstance(answerer.caches, HostCaches):
     logging.info(
@@ -174,6 +193,13 @@ def ask(flags: argparse.Namespace) -> None:
       'on the disk.',
       len(answerer.caches), format_size(answerer.caches.nbytes),
     )  # fmt: skip
+
+
+def benchmark(flags: argparse.Namespace) -> None:
+  """Measures latencies."""
+  from grit_jax.rag.benchmark import run_benchmark
+
+  run_benchmark(flags)
 
 
 def _read_questions():
@@ -258,7 +284,8 @@ def main(flags: argparse.Namespace) -> None:
   quiet_libraries()
   logging.set_verbosity(logging.INFO)
   try:
-    {'index': write_index, 'ask': ask}[flags.command](flags)
+    commands = {'index': write_index, 'ask': ask, 'benchmark': benchmark}
+    commands[flags.command](flags)
   except (*USER_ERRORS, CacheError, ValueError) as error:
     sys.exit(f'grit_jax: error: {error}')
   except KeyboardInterrupt:

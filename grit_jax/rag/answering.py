@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from grit_jax.inference.cache import KVCache
+from grit_jax.inference.generation import Completion
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
+from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.shards import Document
 from grit_jax.rag.caches import DiskCaches, HostCaches
 from grit_jax.rag.prompts import BEHIND_QUERY, Mode, format_prompt
@@ -37,11 +38,13 @@ class Answer:
     question: The question.
     text: The answer.
     sources: The documents that the prompt or the cache has, the best first.
+    completion: What was generated, with its tokens.
   """
 
   question: str
   text: str
   sources: tuple[Source, ...]
+  completion: Completion
 
 
 class Answerer:
@@ -86,12 +89,17 @@ class Answerer:
     self.caches, self.documents = caches, documents
     self.instruction, self.answer_start = instruction, answer_start
 
-  def answer(self, questions: Sequence[str], **settings: Any) -> list[Answer]:
+  def answer(
+    self,
+    questions: Sequence[str],
+    sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+  ) -> list[Answer]:
     """Answers questions.
 
     Args:
       questions: Texts that are not blank.
-      **settings: As `max_new_tokens`, those of `GritLM.generate`.
+      sampling: How to generate; each question's seed is one more than that of
+        the question before it.
 
     Raises:
       ValueError: A question is blank, or with what it is answered from is
@@ -101,23 +109,22 @@ class Answerer:
       if not question.strip():
         raise ValueError(f'Question {number} of {len(questions)} is blank.')
     found, query_caches = self._retrieve(questions)
-    prompts = [
-      format_prompt(
+    prompts = []
+    for i, (question, sources, cache) in enumerate(
+      zip(questions, found, query_caches, strict=True)
+    ):
+      text = format_prompt(
         self.mode, question, [s.document for s in sources], self.answer_start
       )
-      for question, sources in zip(questions, found, strict=True)
-    ]
-    caches = [
-      self._join(sources, cache)
-      for sources, cache in zip(found, query_caches, strict=True)
-    ]
-    cached = self.mode.caches_query or self.mode.caches_document
-    texts = self.model.generate(
-      prompts, cache=caches if cached else None, **settings
-    )
+      seed = (sampling.seed + i) % 2**32
+      settings = dataclasses.replace(sampling, seed=seed)
+      cache = self._join(sources, cache)
+      prompts.append(self.model.encode_prompt(text, settings, cache))
     return [
-      Answer(question, self.answer_start + text, tuple(sources))
-      for question, text, sources in zip(questions, texts, found, strict=True)
+      Answer(question, self.answer_start + one.text, tuple(sources), one)
+      for question, sources, one in zip(
+        questions, found, self.model.complete(prompts), strict=True
+      )
     ]
 
   def _retrieve(

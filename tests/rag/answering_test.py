@@ -33,6 +33,7 @@ DOCUMENTS = [
 ]
 QUESTIONS = ['What does the parser read?', 'Which group?', 'When is it so?']
 NEW_TOKENS = 12
+SAMPLING = Sampling(NEW_TOKENS)
 CACHING = [Mode.QUERY, Mode.DOC, Mode.QUERY_DOC, Mode.DOC_QUERY]
 # Rounding of float32, in sums of a few hundred numbers of size 1.
 TOLERANCE = 1e-5
@@ -56,17 +57,16 @@ def make_answerer(model, index, mode, dtype='float32', max_bytes=10**9):
 
 def generated(model, prompt: str, cache: KVCache | None = None):
   """Returns the tokens that are generated."""
-  settings = Sampling(NEW_TOKENS)
-  encoded = model.encode_prompt(prompt, settings, cache)
+  encoded = model.encode_prompt(prompt, SAMPLING, cache)
   return model.complete([encoded])[0].ids
 
 
 @pytest.mark.parametrize('mode', Mode)
 def test_questions_together_are_answered_as_each_by_itself(model, index, mode):
   answerer = make_answerer(model, index, mode)
-  together = answerer.answer(QUESTIONS, max_new_tokens=NEW_TOKENS)
+  together = answerer.answer(QUESTIONS, SAMPLING)
   for question, answer in zip(QUESTIONS, together, strict=True):
-    (alone,) = answerer.answer([question], max_new_tokens=NEW_TOKENS)
+    (alone,) = answerer.answer([question], SAMPLING)
     assert alone.text == answer.text
     assert alone.question == answer.question == question
     assert [s.number for s in alone.sources] == [
@@ -77,9 +77,7 @@ def test_questions_together_are_answered_as_each_by_itself(model, index, mode):
 
 @pytest.mark.parametrize('mode', CACHING)
 def test_answers_go_on_from_the_papers_caches(model, index, mode):
-  (answer,) = make_answerer(model, index, mode).answer(
-    QUESTIONS[:1], max_new_tokens=NEW_TOKENS
-  )
+  (answer,) = make_answerer(model, index, mode).answer(QUESTIONS[:1], SAMPLING)
   document = DOCUMENTS[answer.sources[0].number]
   text = ' '.join(filter(None, [document.get('title'), document['text']]))
   _, (query,) = model.encode(QUESTIONS[:1], get_cache=True)
@@ -114,7 +112,7 @@ def test_causal_doc_caching_is_reading_it_all_in_one_piece(
   ids = np.array([*before, *tokenizer.encode(prompt)], np.int32)
   assert len(cache) == len(before)
   # The same greedy tokens.
-  whole = Prompt(ids, np.ones(len(ids), bool), Sampling(NEW_TOKENS))
+  whole = Prompt(ids, np.ones(len(ids), bool), SAMPLING)
   expected = model.complete([whole])[0].ids
   assert generated(model, prompt, cache) == expected
   assert len(set(expected)) > 2
