@@ -9,7 +9,7 @@ the last whole shard.
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import app, logging
 from absl.flags import argparse_flags
@@ -19,6 +19,7 @@ from grit_jax.checkpoint import CheckpointError
 from grit_jax.config import ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data.folders import PreparationError
+from grit_jax.data.formats import FormatError
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
 from grit_jax.data.tokenizer import TokenizerError
@@ -33,6 +34,7 @@ USER_ERRORS = (
   ConfigError,
   ConvertError,
   FileNotFoundError,
+  FormatError,
   PreparationError,
   RecordError,
   SearchIndexError,
@@ -94,9 +96,7 @@ def fingerprint(model: str) -> str:
   """
   folder = epath.Path(open_initial(model).where)
   digest = hashlib.sha256()
-  for path in sorted(folder.rglob('*')):
-    if path.is_dir():
-      continue
+  for path in _find_files(folder):
     size = path.stat().length
     digest.update(f'{path.relative_to(folder)}\0{size}\0'.encode())
     with path.open('rb') as file:
@@ -104,6 +104,14 @@ def fingerprint(model: str) -> str:
         file.seek(max(start, 0))
         digest.update(file.read(_SAMPLE_BYTES))
   return digest.hexdigest()
+
+
+def _find_files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _find_files(path)
+    else:
+      yield path
 
 
 def encode(flags: argparse.Namespace) -> None:

@@ -202,7 +202,7 @@ class CorpusWriter:
     progress = tqdm(
       total=self.total,
       initial=self.done,
-      desc=f'Embedding {self._source}',
+      desc=f'Embedding {self._source.name}',
       unit=' documents',
     )
     rest = read_documents(self._source, self.done)
