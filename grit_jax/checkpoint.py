@@ -1,11 +1,13 @@
 """Checkpoints: what a run needs to go on, and a model to be used elsewhere.
 
-A checkpoint's folder, `{workdir}/checkpoints/{step}` or one that was converted,
-is complete in itself:
+A checkpoint's folder is `{workdir}/checkpoints/{step}`, or one that was
+converted. It holds:
 
 - `state`: model, optimizer state and step, as a nested dict of arrays whose
   keys are the names in the code (`model/blocks/attention/q`); a converted one
-  has the model alone;
+  has the model alone; of a run that trains adapters, the model is those alone;
+- `base`: the path and the fingerprint of what such adapters are for, JSON; not
+  in others, which need nothing else;
 - `data`: the state of the data iterator; not in a converted one;
 - `config`: the run's configuration, JSON;
 - `tokenizer`: the files of the tokenizer.
@@ -30,6 +32,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
+BASE = 'base'
 MODEL = 'model'
 CONFIG_FILE = 'config.json'
 
@@ -93,6 +96,7 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
     DATA: grain.checkpoint.CheckpointHandler(),
     CONFIG: ocp.JsonCheckpointHandler(CONFIG_FILE),
     TOKENIZER: FilesHandler(),
+    BASE: ocp.JsonCheckpointHandler(f'{BASE}.json'),
   }
 
 
@@ -154,6 +158,15 @@ class Checkpoint:
     """Returns the configuration that was saved."""
     with self._reading(CONFIG):
       return self._restore_item(CONFIG, ocp.args.JsonRestore())
+
+  def has_base(self) -> bool:
+    """Whether the model is adapters, of a base that is elsewhere."""
+    return (self.folder / BASE).is_dir()
+
+  def read_base(self) -> dict[str, str]:
+    """Returns `init_from` and `fingerprint` of what adapters are for."""
+    with self._reading(BASE):
+      return self._restore_item(BASE, ocp.args.JsonRestore())
 
   def read_tokenizer(self) -> dict[str, bytes]:
     """Returns the files of the tokenizer that was saved, by name."""
@@ -314,6 +327,7 @@ class Checkpoints:
     data_iterator: grain.DatasetIterator,
     config: dict[str, Any],
     tokenizer: Mapping[str, bytes],
+    base: dict[str, str] | None = None,
   ) -> bool:
     """Starts to save, and returns when `state` may be donated.
 
@@ -323,6 +337,7 @@ class Checkpoints:
       data_iterator: its state is taken before this returns.
       config: the configuration, as JSON has it.
       tokenizer: the tokenizer's files.
+      base: of a run that trains adapters, what `Checkpoint.read_base` returns.
 
     Returns:
       Whether the checkpoint is new.
@@ -330,6 +345,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return False
     nested = _nest(state)
+    more = {} if base is None else {BASE: ocp.args.JsonSave(base)}
     return self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -338,6 +354,7 @@ class Checkpoints:
           DATA: grain.checkpoint.CheckpointSave(data_iterator),
           CONFIG: ocp.args.JsonSave(config),
           TOKENIZER: FilesSave(tokenizer),
+          **more,
         }
       ),
       force=True,

@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 ATTENTION_MODES = ('bbcc', 'cccc', 'bccc', 'cbcc', 'bbbc')
 POOLINGS = ('mean', 'weightedmean', 'cls', 'lasttoken')
 
@@ -433,6 +434,54 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Adapters of rank `rank` that are trained in place of the weights.
+
+  What `init_from` names is their base. It stays as it is: a checkpoint has the
+  adapters alone, and the base's path.
+  """
+
+  rank: int = 0  # 0: no adapters, all weights are trained
+  alpha: float = 32.0  # what an adapter adds is times alpha / rank
+  # The share of an adapter's inputs that is dropped; not of experts' adapters.
+  dropout: float = 0.0
+  # Comma-separated; in a model with experts the last three are theirs.
+  targets: str = 'q,k,v,o,gate,up,down'
+  # How the base is kept. bfloat16 and float32 are for all of it. int8 and nf4
+  # are for the projections of the layers, and the rest is in bfloat16: see
+  # `grit_jax/models/quantization.py`.
+  base: str = 'bfloat16'
+
+  @property
+  def target_names(self) -> tuple[str, ...]:
+    """The projections that have adapters."""
+    return tuple(name.strip() for name in self.targets.split(','))
+
+  @property
+  def quantization(self) -> str:
+    """What the base's projections are quantised to; empty: nothing."""
+    return self.base if self.base in ('int8', 'nf4') else ''
+
+  def validate(self) -> None:
+    """Raises ConfigError naming the first field that cannot be."""
+    _check(self.rank >= 0, f'lora.rank={self.rank} is negative; 0 is off.')
+    _check_positive('lora', self, 'alpha')
+    _check(
+      0 <= self.dropout < 1, f'lora.dropout={self.dropout} is not in [0, 1).'
+    )
+    names = self.target_names
+    for name in names:
+      _check_choice('lora.targets', name, PROJECTIONS)
+    _check(
+      len(set(names)) == len(names),
+      f'lora.targets={self.targets!r} names a projection twice.',
+    )
+    _check_choice(
+      'lora.base', self.base, ('float32', 'bfloat16', 'int8', 'nf4')
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices an axis; one axis may be -1, which takes all that are left.
 
@@ -493,9 +542,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """The evaluation on held-out records, before and after training."""
+  """The evaluation on held-out records: before, during and after training."""
 
   enabled: bool = True
+  # Steps from one evaluation to the next, whose figures are then among the
+  # metrics, with those of the first and the last step; 0: only before and after
+  # training.
+  every_steps: int = 0
   # The share of a .jsonl file's records that is held out of training. A TFDS
   # data set holds out its `test` split instead.
   held_out_fraction: float = 0.05
@@ -513,6 +566,15 @@ class EvaluationConfig:
       'max_conversations',
       'rows',
       'generated_tokens',
+    )
+    _check(
+      self.every_steps >= 0,
+      f'evaluation.every_steps={self.every_steps} is negative; 0 is off.',
+    )
+    _check(
+      self.enabled or not self.every_steps,
+      f'evaluation.every_steps={self.every_steps}, but evaluation.enabled is '
+      'False.',
     )
     _check(
       0 <= self.held_out_fraction < 1,
@@ -561,6 +623,7 @@ class Config:
   objective: ObjectiveConfig = ObjectiveConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  lora: LoraConfig = LoraConfig()
   mesh: MeshConfig = MeshConfig()
   memory: MemoryConfig = MemoryConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -571,8 +634,8 @@ class Config:
   # a checkpoint, or a run's workdir. Empty: weights are drawn at random.
   init_from: str = ''
   # What computes attention; the loss and its gradient stay the same. splash: a
-  # flash kernel for TPUs. xla: plain operations, whose scores take memory for
-  # each pair of positions. auto: splash on TPUs, xla elsewhere.
+  # flash kernel for TPUs. xla: blocks of plain operations, on any device. auto:
+  # splash on TPUs, xla elsewhere.
   attention_kernel: str = 'auto'
   seed: int = 0
   steps: int = 1253
@@ -597,6 +660,12 @@ class Config:
       f'profile.steps={self.profile.steps!r} goes beyond steps={self.steps}.',
     )
     _check(self.seed >= 0, f'seed={self.seed} is negative.')
+    _check(
+      not (self.lora.rank and self.lora.dropout and self.model.num_experts)
+      or not {'gate', 'up', 'down'} & {*self.lora.target_names},
+      f'lora.dropout={self.lora.dropout}: the adapters of experts have none. '
+      f'Set it to 0, or take gate, up and down out of lora.targets.',
+    )
     _check(
       bool(self.init_from or self.model.embed_dim),
       'model.embed_dim=0 takes the architecture from init_from, which is '

@@ -1,11 +1,13 @@
 """The model that a run starts from: what `init_from` names.
 
 A Hugging Face folder or a checkpoint, of any mesh. Each process reads the
-shards of its own devices alone, one weight after the other.
+shards of its own devices alone, one weight after the other. A checkpoint of
+adapters is read as one of its base with them added.
 """
 
 import abc
 import dataclasses
+import hashlib
 import operator
 from collections.abc import Mapping
 
@@ -22,6 +24,7 @@ from grit_jax.checkpoint import (
   STATE,
   Checkpoint,
   CheckpointError,
+  absolute,
   find_checkpoint,
   flatten,
   reason,
@@ -31,6 +34,15 @@ from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.lora import (
+  adapter_path,
+  adapter_shapes,
+  add_adapters,
+  base_model,
+  join_trained,
+  split_trained,
+  target_axes,
+)
 from grit_jax.models.projections import projection_axes
 from grit_jax.models.quantization import put_weights, quantize_weight
 
@@ -44,11 +56,13 @@ class InitialModel(abc.ABC):
     where: Its path.
     model: Its architecture, and whether it has a projection.
     tokenizer: Its tokenizer.
+    dtype: Of its weights as stored, float32 or bfloat16.
   """
 
   where: str
   model: ModelConfig
   tokenizer: Tokenizer
+  dtype: str
 
   @abc.abstractmethod
   def read(
@@ -65,6 +79,34 @@ class InitialModel(abc.ABC):
       The part, in the decoder's own layout.
     """
 
+  def fingerprint(self) -> str:
+    """Returns what tells these weights from others, on any disk or mesh.
+
+    A hash of the norms and of a row of every matrix of the first, the middle
+    and the last layer, in float32.
+    """
+    digest = hashlib.sha256()
+    layers = self.model.num_layers
+    for path, shape in sorted(keys.weight_shapes(self.model).items()):
+      digest.update(f'{path} {shape}'.encode())
+      small = path.endswith(('norm', 'bias'))
+      rows = shape[-2:-1] if not small else ()
+      leading = [0] * (len(shape) - 2) if not small else []
+      starts = [[]]
+      if leading:
+        starts = [
+          [layer, *leading[1:]]
+          for layer in sorted({0, layers // 2, layers - 1})
+        ]
+      for start in starts:
+        index = [slice(i, i + 1) for i in start]
+        index += [slice(size // 2, size // 2 + 1) for size in rows]
+        index += [slice(0, size) for size in shape[len(index) :]]
+        digest.update(
+          self.read(path, tuple(index), np.dtype('float32')).tobytes()
+        )
+    return digest.hexdigest()
+
 
 class _CheckpointModel(InitialModel):
   def __init__(self, checkpoint: Checkpoint):
@@ -72,31 +114,126 @@ class _CheckpointModel(InitialModel):
     self.model = configuration.from_dict(checkpoint.read_config()).model
     self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
     self._checkpoint = checkpoint
-    prefix = f'{MODEL}/'
-    found = {
-      path.removeprefix(prefix): array.shape
-      for path, array in checkpoint.types().items()
-      if path.startswith(prefix)
-    }
-    if found != keys.weight_shapes(self.model):
-      raise CheckpointError(
-        f'{self.where}: the weights are not those of its configuration.'
-      )
+    found = _find_arrays(checkpoint, keys.weight_shapes(self.model))
+    self.dtype = str(found['final_norm'].dtype)
 
   def read(self, path, index, dtype):
-    array = self._checkpoint.open_array(f'{MODEL}/{path}')
-    try:
-      return array[index].read().result().astype(dtype)
-    except ValueError as error:
-      raise CheckpointError(
-        f'{self.where}: {path} cannot be read: {reason(error)}'
-      ) from error
+    return _read_array(self._checkpoint, path, index).astype(dtype)
+
+
+class AdaptedModel(InitialModel):
+  """A base with the adapters of a run's checkpoint, read as if merged.
+
+  Attributes:
+    config: The run's.
+    base: The model that the adapters are for.
+    adapters: The checkpoint that has them.
+  """
+
+  def __init__(self, checkpoint: Checkpoint):
+    """Opens a checkpoint of adapters and, where that says, its base.
+
+    Raises:
+      CheckpointError, ConvertError: One of them is missing or damaged, or the
+        base is another model than the one that the adapters were trained on.
+    """
+    self.where = str(checkpoint.folder)
+    self.config = configuration.from_dict(checkpoint.read_config())
+    self.model, self.adapters = self.config.model, checkpoint
+    self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
+    self.base = open_initial(checkpoint.read_base()['init_from'])
+    self.dtype = self.base.dtype
+    check_base(checkpoint, self.base)
+    self._targets = target_axes(self.model, self.config.lora)
+    _find_arrays(checkpoint, adapter_shapes(self.model, self.config.lora))
+
+  def read(self, path, index, dtype):
+    """Reads a part of a weight, with what its adapter adds; in float32."""
+    if path not in self._targets:
+      return self.base.read(path, index, dtype)
+    part = np.empty([s.stop - s.start for s in index], dtype)
+    leading = index[:-2]
+    scale = self.config.lora.alpha / self.config.lora.rank
+    # A layer, and an expert, at a time: of no more is there a float32.
+    for place in np.ndindex(part.shape[: len(leading)]):
+      own = tuple(
+        slice(s.start + i, s.start + i + 1)
+        for i, s in zip(place, leading, strict=True)
+      )
+      weight = self.base.read(path, own + index[-2:], np.dtype('float32'))
+      a = self.read_factor(path, 'a', own)[..., index[-2], :]
+      b = self.read_factor(path, 'b', own)[..., index[-1], :]
+      weight += np.float32(scale) * (a @ np.swapaxes(b, -1, -2))
+      part[place] = weight[(0,) * len(leading)].astype(dtype)
+    return part
+
+  def read_factor(
+    self, path: str, factor: str, leading: tuple[slice, ...]
+  ) -> np.ndarray:
+    """Reads a factor of a projection's adapter; see `lora.Adapter`.
+
+    Args:
+      path: The projection, `blocks/attention/q`.
+      factor: a or b.
+      leading: A slice an axis of layers, and of experts.
+    """
+    return _read_array(self.adapters, adapter_path(path, factor), leading)
+
+
+def describe_base(base: InitialModel) -> dict[str, str]:
+  """Returns what a checkpoint of adapters says of their base."""
+  where = str(absolute(base.where))
+  return {'init_from': where, 'fingerprint': base.fingerprint()}
+
+
+def check_base(checkpoint: Checkpoint, base: InitialModel) -> None:
+  """Checks that a checkpoint's adapters are for a base.
+
+  Raises:
+    CheckpointError: They are for another one.
+  """
+  named = checkpoint.read_base()
+  if base.fingerprint() != named['fingerprint']:
+    raise CheckpointError(
+      f'{checkpoint.folder} has adapters of {named["init_from"]}, and '
+      f'{base.where} has other weights than that had.'
+    )
+
+
+def _find_arrays(
+  checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the types of the model's arrays, which are as wanted."""
+  prefix = f'{MODEL}/'
+  found = {
+    path.removeprefix(prefix): array
+    for path, array in checkpoint.types().items()
+    if path.startswith(prefix)
+  }
+  if {path: array.shape for path, array in found.items()} != wanted:
+    raise CheckpointError(
+      f'{checkpoint.folder}: the weights are not those of its configuration.'
+    )
+  return found
+
+
+def _read_array(
+  checkpoint: Checkpoint, path: str, index: tuple[slice, ...]
+) -> np.ndarray:
+  array = checkpoint.open_array(f'{MODEL}/{path}')
+  try:
+    return array[index].read().result()
+  except ValueError as error:
+    raise CheckpointError(
+      f'{checkpoint.folder}: {path} cannot be read: {reason(error)}'
+    ) from error
 
 
 class _FolderModel(InitialModel):
   def __init__(self, folder: HfFolder):
     self.where = str(folder.path)
     self.model, self.tokenizer = folder.model, folder.tokenizer
+    self.dtype = folder.dtype
     self._folder = folder
 
   def read(self, path, index, dtype):
@@ -128,7 +265,10 @@ def open_initial(path: epath.PathLike) -> InitialModel:
   """
   folder = epath.Path(path)
   if (folder / STATE).is_dir() or (folder / 'checkpoints').is_dir():
-    return _CheckpointModel(find_checkpoint(folder))
+    checkpoint = find_checkpoint(folder)
+    if checkpoint.has_base():
+      return AdaptedModel(checkpoint)
+    return _CheckpointModel(checkpoint)
   if (folder / 'config.json').exists():
     return _FolderModel(HfFolder(folder))
   raise CheckpointError(
@@ -277,6 +417,32 @@ def _locate(path: str) -> tuple[str, tuple[int, ...]]:
   if rest and rest[0].isdigit():
     return '/'.join([first, *rest[1:]]), (int(rest[0]),)
   return path, ()
+
+
+def load_base(config: Config, initial: InitialModel, key: jax.Array) -> Decoder:
+  """Reads what adapters are for, as `config.lora.base` says, without them.
+
+  Raises:
+    ConfigError: The config has a projection, and the base has none: it would
+      stay as it is drawn.
+  """
+  if config.model.projection_dim and not initial.model.projection_dim:
+    raise ConfigError(
+      f'model.projection_dim={config.model.projection_dim}, but '
+      f'{initial.where} has no projection, and with '
+      f'lora.rank={config.lora.rank} a new one would not be trained.'
+    )
+  config = dataclasses.replace(config, model=base_model(config))
+  return load_model(config, initial, key, config.lora.quantization)
+
+
+def load_unmerged(initial: AdaptedModel) -> Decoder:
+  """Reads a run's base, as it had it, and its adapters beside the weights."""
+  config, key = initial.config, jax.random.key(0)
+  base = load_base(config, initial.base, key)
+  trained, frozen = split_trained(add_adapters(base, config.lora, key))
+  restored = initial.adapters.restore({MODEL: jax.eval_shape(lambda: trained)})
+  return join_trained(restored[MODEL], frozen)
 
 
 def _load(

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from grit_jax.checkpoint import Checkpoints
 from grit_jax.config import Config
 from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
 from grit_jax.metrics import MetricsWriter
+from grit_jax.models.decoder import Decoder
 from grit_jax.objective import TrainState
 from grit_jax.processes import StopOnSignal
 from grit_jax.profile import Profile
@@ -29,11 +31,12 @@ class Loop:
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     profile: Profile,
+    evaluate: Callable[[Decoder], dict[str, float]] | None,
   ):
     """Prepares to run the steps that `pipeline` plans."""
     self.config, self.pipeline = config, pipeline
     self.checkpoints, self.writer = checkpoints, writer
-    self.profile = profile
+    self.profile, self.evaluate = profile, evaluate
     self.logged_at = time.perf_counter()
     self.useful_tokens = 0
 
@@ -58,9 +61,15 @@ class Loop:
       if pending is not None:
         self._report(*pending)
       pending = (step, metrics, host)
-      if step % self.config.checkpoint.every_steps == 0:
+      saves = step % self.config.checkpoint.every_steps == 0
+      evaluates = self._is_evaluated(step)
+      if saves or evaluates:
         self._report(*pending)
         pending = None
+      # First, so that a run that goes on from the checkpoint has its figures.
+      if evaluates:
+        self._evaluate(step, state)
+      if saves:
         save(step, state)
     if pending is not None:
       self._report(*pending)
@@ -68,6 +77,20 @@ class Loop:
       save(step, state)
     self.checkpoints.wait()
     return state, step
+
+  def _is_evaluated(self, step: int) -> bool:
+    """Whether the model is evaluated after a step."""
+    every = self.config.evaluation.every_steps
+    if self.evaluate is None or not every:
+      return False
+    return step % every == 0 or step == self.config.steps
+
+  def _evaluate(self, step: int, state: TrainState) -> None:
+    """Writes the figures of the held-out records."""
+    start = time.perf_counter()
+    self.writer.write_evaluation(step, self.evaluate(state.model))
+    # Training's speed is not to count it.
+    self.logged_at += time.perf_counter() - start
 
   def _report(self, step: int, metrics: Any, host: HostBatch) -> None:
     """Checks and, every `log_every` steps, writes a step's metrics."""

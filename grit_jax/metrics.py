@@ -23,6 +23,8 @@ PLOTS = (
   ('loss', 'Loss', 'weighted sum'),
   ('loss_rep', 'Embedding loss', 'nats per query'),
   ('loss_gen', 'Generative loss', 'nats per token'),
+  ('evaluation/recall_at_10', 'Held-out recall@10', 'share of queries'),
+  ('evaluation/generative_loss', 'Held-out generative loss', 'nats per token'),
   ('learning_rate', 'Learning rate', 'per step'),
 )
 
@@ -97,8 +99,15 @@ class MetricsWriter:
     self._file.flush()
     for key, number in numbers.items():
       self._tensorboard.add_scalar(key, number, step)
-    self._bar.set_description_str(_describe(numbers), refresh=False)
+    if description := _describe(numbers):
+      self._bar.set_description_str(description, refresh=False)
     self.advance(step)
+
+  def write_evaluation(self, step: int, values: dict[str, float]) -> None:
+    """Writes the figures of an evaluation, as metrics of their own line."""
+    self.write(
+      step, {f'evaluation/{name}': value for name, value in values.items()}
+    )
 
   def advance(self, step: int) -> None:
     """Moves the bar to a step."""

@@ -18,6 +18,7 @@ from grit_jax.batch import Batch, EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.models.attention import embedding_kind, generative_kind
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.lora import Dropout, join_trained
 from grit_jax.models.moe import RouterStatistics
 from grit_jax.sharding import spec
 
@@ -31,7 +32,8 @@ class TrainState:
 
   Attributes:
     step: int32 [], steps done.
-    model: the weights.
+    model: the weights that are trained: all, or a decoder's adapters, with None
+      for the rest (`lora.split_trained`).
     optimizer: optax's state.
   """
 
@@ -134,10 +136,35 @@ def router_loss(
   return loss, metrics
 
 
+def _dropout(
+  key: jax.Array | None, stream: int, rows: jax.Array, config: Config
+) -> Dropout | None:
+  """Returns the dropout of a stream's rows; None without a key.
+
+  Args:
+    key: of the step.
+    stream: 0 for embedding rows, 1 for generative ones.
+    rows: int32 [R], their numbers in the batch, which chunks do not change.
+    config: for the length of a row.
+  """
+  if key is None:
+    return None
+  length = config.data.row_length
+  tokens = (2 * rows[:, None] + stream) * length + jnp.arange(length)
+  return Dropout(key, jax.sharding.reshard(tokens, spec('rows', 'seq')))
+
+
 def one_pass_loss(
-  model: Decoder, batch: Batch, config: Config
+  model: Decoder, batch: Batch, config: Config, key: jax.Array | None = None
 ) -> tuple[jax.Array, Metrics]:
-  """The joint loss, both streams in one pass through the decoder."""
+  """The joint loss, both streams in one pass through the decoder.
+
+  Args:
+    model: all of it.
+    batch: of one pass.
+    config: the run's.
+    key: of the step's dropout; None: nothing is dropped.
+  """
   streams, kinds, names = [], [], []
   if batch.embedding is not None:
     streams.append(batch.embedding.rows)
@@ -147,8 +174,15 @@ def one_pass_loss(
     streams.append(batch.generative.rows)
     kinds.append(generative_kind(config.model.attention))
     names.append('gen')
+  dropout = None
+  if key is not None:
+    numbers = [jnp.arange(stream.tokens.shape[0]) for stream in streams]
+    dropout = [
+      _dropout(key, name == 'gen', rows, config)
+      for name, rows in zip(names, numbers, strict=True)
+    ]
   hidden, statistics = model.run(
-    streams, kinds, config.memory.remat, config.attention_kernel
+    streams, kinds, config.memory.remat, config.attention_kernel, dropout
   )
   loss, metrics = router_loss(statistics, names, config)
   if batch.embedding is not None:
@@ -167,17 +201,36 @@ def one_pass_loss(
 
 
 def one_pass_gradient(
-  model: Decoder, batch: Batch, config: Config
+  model: Decoder,
+  batch: Batch,
+  config: Config,
+  frozen: Decoder | None = None,
+  key: jax.Array | None = None,
 ) -> tuple[Decoder, Metrics]:
-  """Returns the gradient of the joint loss, and its metrics."""
-  gradient, metrics = jax.grad(one_pass_loss, has_aux=True)(
-    model, batch, config
-  )
+  """Returns the gradient of the joint loss, and its metrics.
+
+  Args:
+    model: what is trained.
+    batch: of one pass.
+    config: the run's.
+    frozen: the rest of the decoder; None: there is none.
+    key: of the step's dropout; None: nothing is dropped.
+  """
+  gradient, metrics = jax.grad(
+    lambda model: one_pass_loss(
+      join_trained(model, frozen), batch, config, key
+    ),
+    has_aux=True,
+  )(model)
   return gradient, metrics
 
 
 def cached_gradient(
-  model: Decoder, batch: Batch, config: Config
+  model: Decoder,
+  batch: Batch,
+  config: Config,
+  frozen: Decoder | None = None,
+  key: jax.Array | None = None,
 ) -> tuple[Decoder, Metrics]:
   """The same gradient by gradient caching (arXiv 2101.06983).
 
@@ -185,19 +238,20 @@ def cached_gradient(
   gradient at the embeddings; then encode each chunk again and pull that
   gradient back to the weights. Generative chunks add up. Memory is that of one
   chunk and of the embeddings. The trip counts are traced: chunks beyond those
-  in use are not computed, and one program serves every batch.
+  in use are not computed, and one program serves every batch. The arguments
+  are those of `one_pass_gradient`, with a batch of chunks.
   """
   gradient = jax.tree.map(jnp.zeros_like, model)
   loss, metrics = jnp.zeros((), jnp.float32), {}
   if batch.embedding is not None:
     gradient, loss_rep, metrics_rep = _cached_representation_gradient(
-      model, batch.embedding, config, gradient
+      model, batch.embedding, config, gradient, frozen, key
     )
     loss += loss_rep
     metrics |= metrics_rep
   if batch.generative is not None:
     gradient, loss_gen, metrics_gen = _cached_generative_gradient(
-      model, batch.generative, config, gradient
+      model, batch.generative, config, gradient, frozen, key
     )
     loss += loss_gen
     metrics |= metrics_gen
@@ -214,7 +268,12 @@ def _no_statistics(model: Decoder, config: Config) -> RouterStatistics | None:
 
 
 def _cached_representation_gradient(
-  model: Decoder, batch: EmbeddingRows, config: Config, gradient: Decoder
+  model: Decoder,
+  batch: EmbeddingRows,
+  config: Config,
+  gradient: Decoder,
+  frozen: Decoder | None,
+  key: jax.Array | None,
 ) -> tuple[Decoder, jax.Array, Metrics]:
   """Adds the embedding stream's gradient; returns its loss and metrics too."""
   max_segments = config.data.max_segments
@@ -223,11 +282,17 @@ def _cached_representation_gradient(
   kind = embedding_kind(config.model.attention)
 
   def encode(model: Decoder, index: jax.Array) -> tuple:
+    model = join_trained(model, frozen)
+    dropout = _dropout(key, 0, index * size + jnp.arange(size), config)
     chunk = dataclasses.replace(
       batch, rows=_chunk(batch.rows, index), pooled=_chunk(batch.pooled, index)
     )
     [hidden], statistics = model.run(
-      [chunk.rows], [kind], config.memory.remat, config.attention_kernel
+      [chunk.rows],
+      [kind],
+      config.memory.remat,
+      config.attention_kernel,
+      None if dropout is None else [dropout],
     )
     return pool_texts(model, hidden, chunk, max_segments), statistics
 
@@ -280,11 +345,17 @@ def _cached_representation_gradient(
 
 
 def _cached_generative_gradient(
-  model: Decoder, batch: GenerativeRows, config: Config, gradient: Decoder
+  model: Decoder,
+  batch: GenerativeRows,
+  config: Config,
+  gradient: Decoder,
+  frozen: Decoder | None,
+  key: jax.Array | None,
 ) -> tuple[Decoder, jax.Array, Metrics]:
   """Adds the generative stream's gradient; returns its loss and metrics too."""
   kind = generative_kind(config.model.attention)
   scale = 1 / batch.loss_weights.sum()
+  size = batch.rows.tokens.shape[1]
 
   def take(index: jax.Array) -> GenerativeRows:
     return dataclasses.replace(
@@ -293,17 +364,25 @@ def _cached_generative_gradient(
       loss_weights=_chunk(batch.loss_weights, index),
     )
 
-  def loss_of(model: Decoder, index: jax.Array) -> tuple:
-    chunk = take(index)
+  def run(model: Decoder, index: jax.Array) -> tuple:
+    dropout = _dropout(key, 1, index * size + jnp.arange(size), config)
     [hidden], statistics = model.run(
-      [chunk.rows], [kind], config.memory.remat, config.attention_kernel
+      [take(index).rows],
+      [kind],
+      config.memory.remat,
+      config.attention_kernel,
+      None if dropout is None else [dropout],
     )
-    return losses.next_token_loss(model, hidden, chunk) * scale, statistics
+    return hidden, statistics
+
+  def loss_of(model: Decoder, index: jax.Array) -> tuple:
+    model = join_trained(model, frozen)
+    hidden, statistics = run(model, index)
+    loss = losses.next_token_loss(model, hidden, take(index)) * scale
+    return loss, statistics
 
   def count(index: jax.Array, total: RouterStatistics) -> RouterStatistics:
-    _, statistics = model.run(
-      [take(index).rows], [kind], config.memory.remat, config.attention_kernel
-    )
+    _, statistics = run(join_trained(model, frozen), index)
     return jax.tree.map(jnp.add, total, statistics)
 
   # The gradient of a router's loss needs the statistics of all chunks, which
@@ -349,8 +428,11 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   compiler_options: dict[str, bool],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns the jitted step; it gives its old state's memory to the new.
+
+  Its arguments are the state, the batch and, of a run that trains adapters,
+  the frozen rest of the decoder, which stays.
 
   Args:
     config: the run's.
@@ -362,8 +444,13 @@ def make_train_step(
     cached_gradient if config.memory.chunk_rows else one_pass_gradient
   )
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    gradient, metrics = gradient_of(state.model, batch, config)
+  def train_step(
+    state: TrainState, batch: Batch, frozen: Decoder | None = None
+  ) -> tuple[TrainState, Metrics]:
+    key = None
+    if config.lora.rank and config.lora.dropout:
+      key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    gradient, metrics = gradient_of(state.model, batch, config, frozen, key)
     with jax.named_scope('optimizer'):
       updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.model

@@ -45,6 +45,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'vocab': 'tensor',
   'experts': 'expert',
   'router': None,
+  'rank': None,
   'layers': None,
   'texts': None,
   'projection': None,
@@ -158,6 +159,14 @@ def validate(config: Config, mesh: Mesh) -> None:
     mesh,
     shards,
   )
+  if config.lora.rank:
+    # An adapter's second factor is split by outputs.
+    _check_divides(
+      'model.num_kv_heads*head_dim',
+      model.num_kv_heads * model.head_dim,
+      mesh,
+      shards,
+    )
   if config.memory.chunk_rows:
     _check_divides('memory.chunk_rows', config.memory.chunk_rows, mesh, ROWS)
   if config.evaluation.enabled:

@@ -22,7 +22,12 @@ from ml_collections import config_flags
 from grit_jax import config as configuration
 from grit_jax import optimizer as optimizers
 from grit_jax import processes, sharding
-from grit_jax.checkpoint import CheckpointError, Checkpoints, has_checkpoint
+from grit_jax.checkpoint import (
+  CheckpointError,
+  Checkpoints,
+  find_checkpoint,
+  has_checkpoint,
+)
 from grit_jax.config import Config, ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data import records
@@ -44,6 +49,9 @@ from grit_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.initial import (
   InitialModel,
+  check_base,
+  describe_base,
+  load_base,
   load_model,
   open_initial,
   take_architecture,
@@ -53,6 +61,7 @@ from grit_jax.loop import Loop, NonFiniteLossError
 from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
 from grit_jax.models.attention import choose_kernel
 from grit_jax.models.decoder import Decoder, count_parameters
+from grit_jax.models.lora import add_adapters, join_trained, split_trained
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.processes import ProcessError, StopOnSignal
 from grit_jax.profile import Profile
@@ -202,21 +211,22 @@ def _run(
   checkpoints: Checkpoints,
   stop: StopOnSignal,
 ) -> dict[str, Any]:
-  """Trains on what is prepared, and evaluates before and after."""
+  """Trains on what is prepared; evaluates before, at times, and after."""
   mesh = jax.sharding.get_mesh()
   _check_same_run(config, checkpoints)
   _write_json(workdir / 'config.json', dataclasses.asdict(config))
   optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   batches = pipeline.iterate()
-  state = _start_state(config, optimizer, initial, checkpoints, batches)
+  state, frozen = _start_state(config, optimizer, initial, checkpoints, batches)
   start = int(state.step)
   logging.info(
-    '%.1f million weights on a mesh of %s.',
+    '%.1f million weights, %.1f million trained, on a mesh of %s.',
     count_parameters(config.model) / 1e6,
+    sum(x.size for x in jax.tree.leaves(state.model)) / 1e6,
     dict(mesh.shape),
   )
 
-  evaluation = None
+  evaluation = before = None
   if any(held_out.values()):
     evaluation = HeldOutEvaluation(
       config,
@@ -225,22 +235,35 @@ def _run(
       held_out[records.EMBEDDING],
       held_out[records.GENERATIVE],
     )
-    _evaluate_before(workdir, evaluation, state, start)
+    model = join_trained(state.model, frozen)
+    before = _evaluate_before(workdir, evaluation, model, start)
+    del model
 
   schedule = optimizers.make_schedule(config.optimizer, config.steps)
   options = compiler_options(mesh.devices.flat[0])
-  train_step = make_train_step(config, optimizer, schedule, options)
+  train_step = partial(
+    make_train_step(config, optimizer, schedule, options), frozen=frozen
+  )
   save = partial(
     checkpoints.save,
     data_iterator=batches,
     config=dataclasses.asdict(config),
     tokenizer=tokenizer.files,
+    base=describe_base(initial) if config.lora.rank else None,
   )
   with (
     MetricsWriter(workdir, start, config.steps) as writer,
     Profile(config.profile, workdir) as profile,
   ):
-    loop = Loop(config, pipeline, checkpoints, writer, profile)
+    if before is not None and config.evaluation.every_steps:
+      writer.write_evaluation(0, before)
+    evaluate = None
+    if evaluation is not None:
+
+      def evaluate(model: Decoder) -> dict[str, float]:
+        return evaluation.evaluate(join_trained(model, frozen))
+
+    loop = Loop(config, pipeline, checkpoints, writer, profile, evaluate)
     state, step = loop.run(train_step, state, batches, mesh, save, stop)
   if step < config.steps:
     logging.info(
@@ -253,20 +276,30 @@ def _run(
     plot_losses(workdir)
   if evaluation is None:
     return {}
-  return _evaluate_after(workdir, evaluation, state)
+  return _evaluate_after(workdir, evaluation, join_trained(state.model, frozen))
 
 
 def _open_initial(config: Config, workdir: epath.Path) -> InitialModel | None:
   """Opens what the weights come from; None: they are drawn at random.
 
   A run that has saved a checkpoint needs its `init_from` no more: the
-  checkpoint has the architecture and the tokenizer too.
+  checkpoint has the architecture and the tokenizer too. One of adapters needs
+  their base, wherever it is now.
   """
   if not config.init_from:
+    if config.lora.rank:
+      raise ConfigError(
+        f'lora.rank={config.lora.rank}: adapters need a base. Name it by '
+        'init_from.'
+      )
     return None
-  if has_checkpoint(workdir):
+  if not has_checkpoint(workdir):
+    return open_initial(config.init_from)
+  if not config.lora.rank:
     return open_initial(workdir)
-  return open_initial(config.init_from)
+  base = open_initial(config.init_from)
+  check_base(find_checkpoint(workdir), base)
+  return base
 
 
 def _find_tokenizer(
@@ -289,12 +322,15 @@ def _start_state(
   initial: InitialModel | None,
   checkpoints: Checkpoints,
   batches: grain.DatasetIterator,
-) -> TrainState:
+) -> tuple[TrainState, Decoder | None]:
   """Returns the newest checkpoint's state, or the one that a run begins with.
 
-  The state of a checkpoint's data goes into `batches`.
+  And what is frozen beside it, of a run that trains adapters. The state of a
+  checkpoint's data goes into `batches`.
   """
   key = jax.random.key(config.seed)
+  if config.lora.rank:
+    return _start_adapters(config, optimizer, initial, checkpoints, batches)
   draw = jax.jit(partial(Decoder, config.model))
   latest = checkpoints.latest()
   if latest is not None:
@@ -303,13 +339,34 @@ def _start_state(
     )
     state = checkpoints.open(latest).restore(abstract, batches)
     logging.info('Going on from %s.', checkpoints.path(latest))
-    return state
+    return state, None
   if initial is None:
     model = draw(key)
   else:
     model = load_model(config, initial, key)
   create = jax.jit(partial(create_state, optimizer), donate_argnums=0)
-  return create(model)
+  return create(model), None
+
+
+def _start_adapters(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  base: InitialModel,
+  checkpoints: Checkpoints,
+  batches: grain.DatasetIterator,
+) -> tuple[TrainState, Decoder]:
+  """As `_start_state`, of a run that trains adapters."""
+  key = jax.random.key(config.seed)
+  model = load_base(config, base, key)
+  trained, frozen = split_trained(add_adapters(model, config.lora, key))
+  create = jax.jit(partial(create_state, optimizer))
+  latest = checkpoints.latest()
+  if latest is None:
+    return create(trained), frozen
+  abstract = jax.eval_shape(create, trained)
+  state = checkpoints.open(latest).restore(abstract, batches)
+  logging.info('Going on from %s.', checkpoints.path(latest))
+  return state, frozen
 
 
 def _report_plan(config: Config, pipeline: Pipeline) -> None:
@@ -354,10 +411,12 @@ def _check_same_run(config: Config, checkpoints: Checkpoints) -> None:
     return
   kept = checkpoints.open(latest).read_config()
   now = json.loads(json.dumps(dataclasses.asdict(config)))
+  # A base may have moved: its fingerprint is what counts.
+  changeable = (*_CHANGEABLE, 'init_from') if config.lora.rank else _CHANGEABLE
   changed = [
     f'{key}: {before!r}, now {after!r}'
     for key, before, after in _differences(kept, now)
-    if key.split('.')[0] not in _CHANGEABLE or key == _FIXED
+    if key.split('.')[0] not in changeable or key == _FIXED
   ]
   if changed:
     raise ConfigError(
@@ -383,25 +442,26 @@ def _differences(
 def _evaluate_before(
   workdir: epath.Path,
   evaluation: HeldOutEvaluation,
-  state: TrainState,
+  model: Decoder,
   start: int,
-) -> None:
-  """Evaluates the untrained model and the baselines, once a run."""
+) -> dict[str, float] | None:
+  """Evaluates the baselines and, from step 0, the model that it begins with."""
   path = workdir / 'evaluation.json'
   if start and path.exists():
-    return
+    return None
   logging.info('Evaluating before training.')
-  before = evaluation.evaluate(state.model) if not start else None
+  before = evaluation.evaluate(model) if not start else None
   _write_json(path, {'before': before, **evaluation.baselines()})
+  return before
 
 
 def _evaluate_after(
-  workdir: epath.Path, evaluation: HeldOutEvaluation, state: TrainState
+  workdir: epath.Path, evaluation: HeldOutEvaluation, model: Decoder
 ) -> dict[str, Any]:
   """Evaluates the trained model, and prints the whole evaluation."""
   path = workdir / 'evaluation.json'
-  after = evaluation.evaluate(state.model)
-  examples = evaluation.show_examples(state.model)
+  after = evaluation.evaluate(model)
+  examples = evaluation.show_examples(model)
   results = json.loads(path.read_text())
   results = {'before': results.pop('before'), 'after': after, **results}
   _write_json(path, results)

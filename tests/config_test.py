@@ -11,6 +11,7 @@ from grit_jax.config import (
   Config,
   ConfigError,
   DataConfig,
+  LoraConfig,
   parse_numbers,
   resolve,
   to_config_dict,
@@ -189,6 +190,11 @@ WRONG = [
   ('optimizer.beta2', -0.1),
   ('optimizer.weight_decay', -0.1),
   ('optimizer.clip_norm', -1.0),
+  ('lora.rank', -1),
+  ('lora.alpha', 0.0),
+  ('lora.dropout', 1.0),
+  ('lora.targets', 'q,router'),
+  ('lora.base', 'int4'),
   ('mesh.data', 0),
   ('mesh.fsdp', -2),
   ('mesh.tensor', 0),
@@ -199,6 +205,7 @@ WRONG = [
   ('checkpoint.keep', 0),
   ('evaluation.held_out_fraction', 1.0),
   ('evaluation.held_out_fraction', -0.1),
+  ('evaluation.every_steps', -1),
   *(
     (f'evaluation.{name}', 0)
     for name in ('max_queries', 'max_conversations', 'rows', 'generated_tokens')
@@ -228,6 +235,21 @@ def test_a_value_that_cannot_be_raises_and_names_the_key(
 def test_a_config_without_data_raises_and_names_the_key():
   with pytest.raises(ConfigError, match=r'data\.paths is empty'):
     resolve(override('data.paths', ''))
+
+
+def test_targets_that_come_twice_and_dropout_of_experts_are_refused():
+  with pytest.raises(ConfigError, match=r"'q, v,q' names a projection twice"):
+    resolve(override('lora.targets', 'q, v,q'))
+  model = presets.mixtral_8x7b()
+  config = Config(
+    model=model,
+    data=DataConfig(paths='pairs.jsonl'),
+    lora=LoraConfig(rank=4, dropout=0.1),
+  )
+  with pytest.raises(ConfigError, match=r'lora\.dropout=0\.1: .* have none'):
+    config.validate()
+  attention = dataclasses.replace(config.lora, targets='q,v')
+  dataclasses.replace(config, lora=attention).validate()
 
 
 def test_every_key_has_a_wrong_value_above():
@@ -261,6 +283,14 @@ def test_an_architecture_of_init_from_needs_one_and_nothing_beside_it():
   of_init_from.model.num_layers = 3
   with pytest.raises(ConfigError, match=r'model\.num_layers=3 is set, but'):
     resolve(of_init_from)
+
+
+def test_evaluations_at_intervals_need_the_evaluation():
+  values = make_config()
+  values.evaluation.enabled, values.evaluation.every_steps = False, 10
+  message = r'evaluation\.every_steps=10, but evaluation\.enabled is False'
+  with pytest.raises(ConfigError, match=message):
+    resolve(values)
 
 
 @pytest.mark.parametrize('kind', ['query', 'passage', 'generative'])

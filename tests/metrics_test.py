@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.event_file_writer import EventFileWriter
 from tensorboardX.proto import event_pb2
 
@@ -53,6 +54,23 @@ def test_a_line_is_on_the_disk_when_write_returns(tmp_path):
   with MetricsWriter(tmp_path, 0, 20) as writer:
     writer.write(1, {'loss': 1.5})
     assert read_lines(tmp_path) == ['{"step": 1, "loss": 1.5}']
+
+
+def test_an_evaluation_has_a_line_and_a_plot_of_its_own(tmp_path):
+  train(tmp_path / 'without', 0, 4)
+  with MetricsWriter(tmp_path / 'with', 0, 20) as writer:
+    writer.write(2, values_of(2))
+    writer.write_evaluation(2, {'recall_at_10': 0.25, 'candidates': 8})
+    writer.write(4, values_of(4))
+  lines = [json.loads(line) for line in read_lines(tmp_path / 'with')]
+  assert [len(line) for line in lines] == [6, 3, 6]
+  assert lines[1] == {
+    'step': 2, 'evaluation/recall_at_10': 0.25, 'evaluation/candidates': 8,
+  }  # fmt: skip
+  pictures = [
+    Image.open(plot_losses(tmp_path / name)) for name in ('without', 'with')
+  ]
+  assert pictures[0].height < pictures[1].height
 
 
 def test_arrays_are_written_as_numbers(tmp_path):

@@ -23,7 +23,12 @@ from grit_jax.processes import ProcessError
 from grit_jax.train import STOPPED
 
 DEVICES = 4
-COMMON = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=20')
+COMMON = (
+  '--config.mesh.data=2',
+  '--config.mesh.fsdp=2',
+  '--config.steps=20',
+  '--config.evaluation.every_steps=8',
+)
 SELDOM = '--config.checkpoint.every_steps=50'
 # The same program on the same mesh: only sums over devices are in another
 # order, in float32.

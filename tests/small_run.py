@@ -122,7 +122,8 @@ def wait_for_step(workdir: pathlib.Path, step: int, process) -> None:
   """Waits until metrics.jsonl has the step."""
   path = workdir / 'metrics.jsonl'
   while process.poll() is None:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
+    whole = path.read_text().split('\n')[:-1] if path.exists() else []
+    if any(json.loads(line)['step'] >= step for line in whole):
       return
     time.sleep(0.02)
   raise AssertionError(process.stdout.read())

@@ -124,6 +124,55 @@ def test_run_resumed_at_a_checkpoint_has_equal_metrics(whole_run, tmp_path):
   assert read_metrics(copy) == read_metrics(workdir)
 
 
+def test_evaluations_are_among_the_metrics_and_change_nothing_of_training(
+  folder, tmp_path, monkeypatch
+):
+  config = edit(make_config(folder), 'evaluation', every_steps=4)
+  workdir, saved = tmp_path / 'run', {}
+  save = train.Checkpoints.save
+
+  def look_and_save(self, step: int, *arguments, **keywords) -> None:
+    saved[step] = read_metrics(workdir)
+    save(self, step, *arguments, **keywords)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Checkpoints, 'save', look_and_save)
+    evaluation = run(config, workdir)
+  metrics = read_metrics(workdir)
+  steps = [line['step'] for line in metrics]
+  assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]
+  found = {
+    line['step']: {
+      name.removeprefix('evaluation/'): value
+      for name, value in line.items()
+      if name != 'step'
+    }
+    for line in metrics
+    if 'loss' not in line
+  }
+  assert list(found) == [0, 4, STEPS]
+  assert found[0] == evaluation['before'] and found[6] == evaluation['after']
+  losses = [found[step]['generative_loss'] for step in found]
+  assert losses[0] > losses[1] > losses[2]
+  # A checkpoint's step is evaluated before it is saved, or a run that goes on
+  # from there would lack its figures.
+  assert list(saved) == [2, 4, 6]
+  assert all(saved[step] == metrics[: len(saved[step])] for step in saved)
+  assert [len(saved[step]) for step in saved] == [3, 6, 9]
+
+  for step in (4, 6):
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  run(config, workdir)
+  assert read_metrics(workdir) == metrics
+  # Nor does a run that has ended write any line twice.
+  run(config, workdir)
+  assert read_metrics(workdir) == metrics
+
+  run(make_config(folder), tmp_path / 'without')
+  without = read_metrics(tmp_path / 'without')
+  assert without == [line for line in metrics if 'loss' in line]
+
+
 def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
   config, workdir, _ = whole_run
   process = start(

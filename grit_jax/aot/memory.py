@@ -148,6 +148,8 @@ def _holds(array: hlo.Array | None, path: str, program: dict) -> str:
   """Says what a buffer is, by where it comes from and by its shape."""
   if path.startswith('state.'):
     return 'state'
+  if path.startswith('frozen.'):
+    return 'frozen weights'
   if path.startswith('batch.') or array is None:
     return 'other'
   shape = _bare(array.shape)

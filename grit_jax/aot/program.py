@@ -12,6 +12,13 @@ from grit_jax.aot.flops import count_flops
 from grit_jax.batch import Batch, EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.models.decoder import Decoder
+from grit_jax.models.lora import (
+  add_adapters,
+  base_model,
+  join_trained,
+  split_trained,
+)
+from grit_jax.models.quantization import quantize
 from grit_jax.objective import TrainState
 from grit_jax.sharding import MeshError
 
@@ -24,8 +31,13 @@ class Sizes:
   generative_rows: int
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-  """Returns the types of the state, each in its sharding."""
+def abstract_state(
+  config: Config, mesh: Mesh
+) -> tuple[TrainState, Decoder | None]:
+  """Returns the types of the state, each in its sharding.
+
+  And those of what is frozen beside it, of a run that trains adapters.
+  """
   transformation = optimizer.make_optimizer(config.optimizer, config.steps)
 
   def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -33,12 +45,18 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     stored = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stored)
 
-  state = jax.eval_shape(
-    lambda: objective.create_state(
-      transformation, Decoder(config.model, jax.random.key(0))
-    )
-  )
-  return jax.tree.map(place, state)
+  def create() -> tuple[TrainState, Decoder | None]:
+    key, frozen = jax.random.key(0), None
+    if config.lora.rank:
+      model = Decoder(base_model(config), key)
+      if config.lora.quantization:
+        model = quantize(model, config.lora.quantization)
+      model, frozen = split_trained(add_adapters(model, config.lora, key))
+    else:
+      model = Decoder(config.model, key)
+    return objective.create_state(transformation, model), frozen
+
+  return jax.tree.map(place, jax.eval_shape(create))
 
 
 def abstract_batch(config: Config, mesh: Mesh, sizes: Sizes) -> Batch:
@@ -113,11 +131,16 @@ def make_step(config: Config, options: dict[str, Any]) -> Any:
 
 
 def measure_flops(
-  config: Config, mesh: Mesh, state: TrainState, sizes: Sizes
+  config: Config,
+  mesh: Mesh,
+  state: TrainState,
+  frozen: Decoder | None,
+  sizes: Sizes,
 ) -> dict[str, float]:
   """Returns the operations of a step: executed, and ideal.
 
-  Ideal is thrice a forward pass over the same rows, nothing computed twice.
+  Ideal is thrice a forward pass over the same rows, nothing computed twice;
+  with adapters twice, as frozen weights have no gradient.
   """
   one_pass = dataclasses.replace(
     config,
@@ -129,7 +152,7 @@ def measure_flops(
   )
   forward = count_flops(
     jax.make_jaxpr(lambda m, b: objective.one_pass_loss(m, b, one_pass))(
-      state.model, whole
+      join_trained(state.model, frozen), whole
     ).jaxpr,
     mesh.size,
   )
@@ -148,13 +171,15 @@ def measure_flops(
       parts.append((Batch(None, batch.generative), generative))
   executed = 0.0
   for part, trips in parts:
-    traced = jax.make_jaxpr(lambda m, b: gradient(m, b, config))(
-      state.model, part
+    traced = jax.make_jaxpr(lambda m, b, f: gradient(m, b, config, f))(
+      state.model, part, frozen
     )
     executed += count_flops(traced.jaxpr, mesh.size, trips)
+  passes = 3 if frozen is None else 2
   return {
     'executed_petaflops': executed / 1e15,
-    'ideal_petaflops': 3 * forward / 1e15,
+    'ideal_petaflops': passes * forward / 1e15,
+    'ideal_forward_passes': passes,
   }
 
 
@@ -165,7 +190,7 @@ def _padded(config: Config, sizes: Sizes) -> tuple[int, int]:
 
 
 def describe_shapes(
-  config: Config, mesh: Mesh, state: TrainState, sizes: Sizes
+  config: Config, mesh: Mesh, model: Decoder, sizes: Sizes
 ) -> dict[str, Any]:
   """Returns what tells a device's buffers apart, and how often loops run.
 
@@ -174,7 +199,7 @@ def describe_shapes(
   the lengths of the loops over chunks.
   """
   stored, gathered = set(), set()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state.model):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(model):
     if 'norm' in jax.tree_util.keystr(path):
       continue
     shape = leaf.sharding.shard_shape(leaf.shape)
@@ -186,7 +211,10 @@ def describe_shapes(
       for axis in leaf.sharding.spec
     ))  # fmt: skip
     whole = NamedSharding(leaf.sharding.mesh, tensor).shard_shape(leaf.shape)
-    gathered.add(whole[1:] if layers else whole)
+    whole = whole[1:] if layers else whole
+    if leaf.dtype == 'uint8':  # Two to a byte, before they are turned back.
+      whole = (*whole[:-2], 2 * whole[-2], whole[-1])
+    gathered.add(whole)
   data, chunk = config.data, config.memory.chunk_rows
   has_embedding = config.objective.has_embedding
   has_generative = config.objective.has_generative

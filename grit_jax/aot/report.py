@@ -74,8 +74,8 @@ def describe(figures: dict[str, Any]) -> str:
     '',
     f'executed over ideal FLOPs: {figures["executed_over_ideal_flops"]:.3f} '
     f'({figures["executed_petaflops"]:.1f} over '
-    f'{figures["ideal_petaflops"]:.1f} PFLOP a step; ideal is three forward '
-    'passes)',
+    f'{figures["ideal_petaflops"]:.1f} PFLOP a step; ideal is '
+    f'{figures["ideal_forward_passes"]} forward passes)',
   ]
   lines += _table(
     ('times', 'MiB each', 'chips', 'what', 'of', 'in', 'runs'),

@@ -18,6 +18,7 @@ import jax
 from grit_jax import config as configuration
 from grit_jax import sharding
 from grit_jax.aot import program, topologies
+from grit_jax.models.lora import join_trained
 from grit_jax.xla_options import compiler_options
 
 # What the compiler says when memory is short.
@@ -54,17 +55,19 @@ def _compile(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
     'xla_dump_hlo_module_re': '.*train_step.*',
   }
   with jax.set_mesh(mesh):
-    state = program.abstract_state(config, mesh)
+    state, frozen = program.abstract_state(config, mesh)
     batch = program.abstract_batch(config, mesh, sizes)
-    lowered = program.make_step(config, options).lower(state, batch)
+    lowered = program.make_step(config, options).lower(state, batch, frozen)
     _write(
       folder / 'program.json',
       {
         'mesh': dict(mesh.shape),
         'device_kind': topology.devices[0].device_kind,
         'sizes': dataclasses.asdict(sizes),
-        **program.measure_flops(config, mesh, state, sizes),
-        **program.describe_shapes(config, mesh, state, sizes),
+        **program.measure_flops(config, mesh, state, frozen, sizes),
+        **program.describe_shapes(
+          config, mesh, join_trained(state.model, frozen), sizes
+        ),
       },
     )
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Converts models: `python -m grit_jax.convert from_hf|to_hf --help`."""
+"""Converts models: `python -m grit_jax.convert COMMAND --help`."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ from grit_jax.config import ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import DTYPES, MAX_SHARD_BYTES, to_hf
+from grit_jax.convert.to_peft import to_peft
 from grit_jax.data.tokenizer import TokenizerError
 from grit_jax.logs import quiet_libraries
 
@@ -65,6 +66,22 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     default=MAX_SHARD_BYTES,
     help='of a file of weights, at most (default: 5GB)',
   )
+  command = commands.add_parser(
+    'to_peft', help="a run's adapters into a folder that PEFT loads"
+  )
+  command.add_argument(
+    '--source',
+    required=True,
+    help='the workdir of a run with lora.rank, or a checkpoint of one',
+  )
+  command.add_argument(
+    '--target', required=True, help='the folder; local, it must not exist'
+  )
+  command.add_argument(
+    '--base',
+    default='',
+    help="the folder or name of their base (default: the run's init_from)",
+  )
   return parser.parse_args(argv[1:])
 
 
@@ -80,6 +97,8 @@ def main(flags: argparse.Namespace) -> None:
   try:
     if flags.command == 'from_hf':
       from_hf(flags.source, flags.target)
+    elif flags.command == 'to_peft':
+      to_peft(flags.source, flags.target, flags.base)
     else:
       to_hf(flags.source, flags.target, flags.dtype, flags.max_shard_size)
   except USER_ERRORS as error:

@@ -55,7 +55,8 @@ class HfFolder:
 
   Attributes:
     path: The folder.
-    model: The model, with `param_dtype` as `dtype`.
+    model: The model, with `param_dtype` as `dtype` below; it computes in that
+      too, unless it is an export of ours, which says in what.
     config: What a checkpoint of it says: the run's of an export of ours.
     tokenizer: The tokenizer.
     tensors: All tensors that are weights here.
@@ -84,6 +85,8 @@ class HfFolder:
     self.dtype = _common_dtype(self.path, stored)
     self.tensors = [*keys.tensors(model), *keys.projection_tensors(model)]
     self.model = dataclasses.replace(model, param_dtype=self.dtype)
+    if not (self.path / RUN_FILE).exists():
+      self.model = dataclasses.replace(self.model, dtype=self.dtype)
     self.config = dataclasses.replace(run, model=self.model)
     try:
       self.tokenizer = load_tokenizer(self.path)

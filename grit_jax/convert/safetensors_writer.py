@@ -65,12 +65,12 @@ def write_tensors(
   """
   shards = split_shards(tensors, max_shard_bytes)
   if len(shards) == 1:
-    _write_shard(folder / 'model.safetensors', tensors)
+    write_safetensors(folder / 'model.safetensors', tensors)
     return
   files = {}
   for number, names in enumerate(shards, start=1):
     file = f'model-{number:05}-of-{len(shards):05}.safetensors'
-    _write_shard(folder / file, {name: tensors[name] for name in names})
+    write_safetensors(folder / file, {name: tensors[name] for name in names})
     files |= dict.fromkeys(names, file)
   total = sum(tensor.size for tensor in tensors.values())
   index = {'metadata': {'total_size': total}, 'weight_map': files}
@@ -100,9 +100,10 @@ def split_shards(
   return shards
 
 
-def _write_shard(
+def write_safetensors(
   path: pathlib.Path, tensors: Mapping[str, StreamedTensor]
 ) -> None:
+  """Writes one file, which is on the disk when this returns."""
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, tensor in tensors.items():
     start, end = end, end + tensor.size

@@ -7,6 +7,7 @@ written here: what transformers 5 writes, version 4 reads otherwise.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorstore
 import tokenizers
 from absl import logging
 from etils import epath
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from grit_jax import config as configuration
 from grit_jax.checkpoint import MODEL, Checkpoint, find_checkpoint
-from grit_jax.config import Config, ModelConfig
+from grit_jax.config import Config, LoraConfig, ModelConfig
 from grit_jax.convert import ConvertError, hf_config, keys
 from grit_jax.convert.chat_template import chat_template
 from grit_jax.convert.hf_folder import RUN_FILE
@@ -49,6 +49,7 @@ from grit_jax.data.tokenizer import (
   Tokenizer,
   make_tokenizer,
 )
+from grit_jax.initial import AdaptedModel
 
 DTYPES = {
   'float32': np.dtype(np.float32),
@@ -74,7 +75,7 @@ def to_hf(
 
   Args:
     source: A run's workdir, for its newest checkpoint, or a checkpoint; local
-      or gs://.
+      or gs://. One of adapters is exported with its base, merged.
     target: A local folder that does not exist. It appears when it is whole.
     dtype: One of `DTYPES` for the weights; None: as they are stored.
     max_shard_bytes: Bytes of weights in a file, at most.
@@ -86,12 +87,21 @@ def to_hf(
     ConfigError: Its configuration is not one.
     TokenizerError: Its tokenizer cannot be written.
   """
-  folder = _check_target(target)
+  folder = check_target(target)
   checkpoint = find_checkpoint(source)
   values = checkpoint.read_config()
   config = configuration.from_dict(values)
   tokenizer = _read_tokenizer(checkpoint, config.model)
-  stored = _check_arrays(checkpoint, config.model)
+  if checkpoint.has_base():
+    merged = AdaptedModel(checkpoint)
+    read, stored = partial(_read_merged, merged), merged.dtype
+    # What is written has no adapters any more.
+    values = values | {'lora': dataclasses.asdict(LoraConfig())}
+  else:
+    read, stored = (
+      partial(_read_stored, checkpoint),
+      _check_arrays(checkpoint, config.model),
+    )
   dtype = dtype or stored
   files = {
     **_describe_model(config, tokenizer, dtype),
@@ -99,14 +109,12 @@ def to_hf(
     RUN_FILE: values,
     'README.md': write_card(config, tokenizer, dtype, folder.name),
   }
-  with _new_folder(folder) as partial_folder:
-    _write_weights(
-      checkpoint, config, DTYPES[dtype], max_shard_bytes, partial_folder
-    )
+  with new_folder(folder) as partial_folder:
+    _write_weights(read, config, DTYPES[dtype], max_shard_bytes, partial_folder)
     for name, content in files.items():
       path = partial_folder / name
       path.parent.mkdir(exist_ok=True)
-      write_file(path, _to_bytes(content))
+      write_file(path, to_bytes(content))
   logging.info(
     '%s is written, in %s. Its README.md says how to load it with '
     'transformers, sentence-transformers and others.',
@@ -115,7 +123,8 @@ def to_hf(
   )
 
 
-def _check_target(target: epath.PathLike) -> pathlib.Path:
+def check_target(target: epath.PathLike) -> pathlib.Path:
+  """Returns the path of a local folder that does not exist, or raises."""
   if '://' in str(target):
     raise ConvertError(
       f'{target} is not a local folder. Write to a disk, and copy from there.'
@@ -172,7 +181,7 @@ def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
 
 
 @contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """Gives a folder to fill, which takes the target's name at the end.
 
   Whatever happens before that, nothing has the target's name, and what was
@@ -192,8 +201,24 @@ def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _read_stored(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
+  try:
+    array = checkpoint.open_array(f'{MODEL}/{tensor.path}')
+    return array[tensor.index].read().result()
+  except ValueError as error:
+    raise ConvertError(f'{tensor.path} cannot be read: {error}') from error
+
+
+def _read_merged(merged: AdaptedModel, tensor: Tensor) -> np.ndarray:
+  shape = keys.slice_shape(tensor, merged.model)
+  index = [slice(i, i + 1) for i in tensor.index]
+  index += [slice(0, size) for size in shape]
+  part = merged.read(tensor.path, tuple(index), DTYPES[merged.dtype])
+  return part.reshape(shape)
+
+
 def _write_weights(
-  checkpoint: Checkpoint,
+  read: Callable[[Tensor], np.ndarray],
   config: Config,
   dtype: np.dtype,
   max_shard_bytes: int,
@@ -201,10 +226,6 @@ def _write_weights(
 ) -> None:
   """Writes the decoder's weights and, if it has one, the projection's."""
   model = config.model
-  arrays = {
-    path: checkpoint.open_array(f'{MODEL}/{path}')
-    for path in keys.weight_shapes(model)
-  }
   with tqdm(unit='B', unit_scale=True, desc='weights') as bar:
 
     def stream(tensors: list[Tensor]) -> dict[str, StreamedTensor]:
@@ -212,7 +233,7 @@ def _write_weights(
         tensor.name: StreamedTensor(
           tensor.shape,
           dtype,
-          partial(_read_parts, tensor, arrays[tensor.path], dtype, bar.update),
+          partial(_read_parts, tensor, read, dtype, bar.update),
         )
         for tensor in tensors
       }
@@ -229,7 +250,7 @@ def _write_weights(
 
 def _read_parts(
   tensor: Tensor,
-  array: tensorstore.TensorStore,
+  read: Callable[[Tensor], np.ndarray],
   dtype: np.dtype,
   report: Callable[[int], Any],
 ) -> Iterator[np.ndarray]:
@@ -237,10 +258,7 @@ def _read_parts(
 
   A slice is read whole: what it is compressed in may hold some of each row.
   """
-  try:
-    values = array[tensor.index].read().result()
-  except ValueError as error:
-    raise ConvertError(f'{tensor.path} cannot be read: {error}') from error
+  values = read(tensor)
   for start in range(0, tensor.shape[0], STRETCH):
     stop = min(start + STRETCH, tensor.shape[0])
     if tensor.transposed:
@@ -336,7 +354,8 @@ def _describe_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
   return files
 
 
-def _to_bytes(content: Any) -> bytes:
+def to_bytes(content: Any) -> bytes:
+  """Returns a file's content: bytes as they are, a text, or JSON."""
   if isinstance(content, bytes):
     return content
   if not isinstance(content, str):

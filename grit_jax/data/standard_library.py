@@ -36,7 +36,7 @@ import sysconfig
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -182,17 +182,24 @@ def source_without_docstring(lines: Sequence[bytes], node: FunctionNode) -> str:
   return '\n'.join(line.removeprefix(indent).decode() for line in kept)
 
 
-def in_test(module: str) -> bool:
-  """Returns whether a module is held out: the same on every machine."""
-  return zlib.crc32(module.encode()) % 100 < TEST_PERCENT
+def in_test(name: str) -> bool:
+  """Returns whether what has this name is held out, on every machine."""
+  return zlib.crc32(name.encode()) % 100 < TEST_PERCENT
 
 
-def split_functions(functions: Iterable[Function]) -> dict[str, list[Function]]:
-  """Returns the functions to use by split, in order, without duplicates."""
+def split_functions(
+  functions: Iterable[Function], is_held_out: Callable[[Function], bool]
+) -> dict[str, list[Function]]:
+  """Returns the functions to use by split, in order, without duplicates.
+
+  Args:
+    functions: of all splits.
+    is_held_out: whether a function is in test.
+  """
   splits = {'train': [], 'test': []}
   seen = set()
   # Test first, so that of what is in both it is train that goes without.
-  for one in sorted(functions, key=lambda one: not in_test(one.module)):
+  for one in sorted(functions, key=lambda one: not is_held_out(one)):
     source = ' '.join(one.source.split())
     keys = {
       ('name', one.module, one.name),
@@ -204,7 +211,7 @@ def split_functions(functions: Iterable[Function]) -> dict[str, list[Function]]:
       and one.docstring not in source
       and seen.isdisjoint(keys)
     ):
-      splits['test' if in_test(one.module) else 'train'].append(one)
+      splits['test' if is_held_out(one) else 'train'].append(one)
       seen |= keys
   return splits
 
@@ -219,7 +226,7 @@ def read_library() -> dict[str, list[Function]]:
         functions += parse_functions(module, file.read())
     except (SyntaxError, ValueError):  # Does not parse, or does not decode.
       unreadable += 1
-  splits = split_functions(functions)
+  splits = split_functions(functions, lambda one: in_test(one.module))
   logging.info(
     'Standard library: %d functions in train, %d in test; %d files could not '
     'be read.',

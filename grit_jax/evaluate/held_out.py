@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grit_jax import losses, objective, pooling
@@ -23,9 +22,11 @@ from grit_jax.data.packing import Packing, pack
 from grit_jax.data.pipeline import place_batch
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.evaluate import retrieval
+from grit_jax.inference.generation import Completion, Prompt, generate
+from grit_jax.inference.sampling import Sampling
 from grit_jax.models.attention import embedding_kind, generative_kind
 from grit_jax.models.decoder import Decoder
-from grit_jax.sharding import own_row_shards, place, row_shards, spec
+from grit_jax.sharding import own_row_shards, row_shards
 
 EXAMPLES = 3  # retrieved texts, and generated answers, shown
 
@@ -52,7 +53,7 @@ class HeldOutEvaluation:
     """
     self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
     self.shards = RowShards(row_shards(mesh), own_row_shards(mesh))
-    records = _sample(embedding, config.evaluation.max_queries, config.seed)
+    records = _sample(embedding, config.evaluation.max_queries)
     self.queries: list[EmbeddingText] = [texts[0] for texts in records]
     # Texts that occur twice are one candidate.
     index: dict[bytes, int] = {}
@@ -65,7 +66,7 @@ class HeldOutEvaluation:
         self.candidates.append(texts[1])
       self.positives[query] = index[key]
     self.conversations: list[Conversation] = _sample(
-      generative, config.evaluation.max_conversations, config.seed
+      generative, config.evaluation.max_conversations
     )
 
   def evaluate(self, model: Decoder) -> dict[str, float]:
@@ -119,7 +120,7 @@ class HeldOutEvaluation:
         'Prompt:',
         _indent(_shorten(self.tokenizer.decode(prompt), 8)),
         f'  true answer: {_shorten(self.tokenizer.decode(answer), 2)}',
-        f'  generated:   {_shorten(self.tokenizer.decode(generated), 2)}',
+        f'  generated:   {_shorten(generated.text, 2)}',
       ]
     return '\n'.join(lines)
 
@@ -206,25 +207,13 @@ class HeldOutEvaluation:
     ids = conversation.ids.tolist()
     return ids[:start], ids[start:stop]
 
-  def _generate(self, model: Decoder, prompt: list[int]) -> list[int]:
-    """Continues `prompt` greedily, without a cache: one short answer."""
-    limit = min(
-      self.config.data.row_length,
-      len(prompt) + self.config.evaluation.generated_tokens,
-    )
-    tokens = np.zeros(
-      (row_shards(self.mesh), self.config.data.row_length), np.int32
-    )
-    tokens[:, : len(prompt)] = prompt
-    out, length = _continue(
-      self.config,
-      model,
-      place(self.mesh, tokens, 'rows', 'seq'),
-      len(prompt),
-      limit,
-      self.tokenizer.eos,
-    )
-    return np.asarray(out)[0, len(prompt) : int(length)].tolist()
+  def _generate(self, model: Decoder, prompt: list[int]) -> Completion:
+    """Continues `prompt` greedily: one short answer."""
+    ids = np.array(prompt, np.int32)
+    sampling = Sampling(self.config.evaluation.generated_tokens)
+    request = Prompt(ids, np.ones(len(ids), bool), sampling)
+    [answer] = generate(model, self.tokenizer, [request])
+    return answer
 
 
 @partial(jax.jit, static_argnums=0)
@@ -251,48 +240,6 @@ def _loss_sum(
   return losses.next_token_loss(model, hidden, batch)
 
 
-@partial(jax.jit, static_argnums=0)
-def _continue(
-  config: Config,
-  model: Decoder,
-  tokens: jax.Array,
-  start: jax.Array,
-  limit: jax.Array,
-  eos: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Writes greedy tokens from `start` on until `eos` or `limit`."""
-  kind = generative_kind(config.model.attention)
-  place_ = jnp.arange(tokens.shape[1])
-
-  def extend(carry: tuple) -> tuple:
-    tokens, length, _ = carry
-    real = place_ < length
-    like = jnp.zeros_like(tokens)
-    rows = Rows(
-      tokens,
-      like + real.astype(jnp.int32),
-      like + jnp.where(real, place_, 0),
-      (like + (place_ < start)).astype(bool),
-    )
-    [hidden] = model([rows], [kind], kernel=config.attention_kernel)
-    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-    logits = model.logits(last, model.gather_head())
-    chosen = jnp.argmax(
-      jax.sharding.reshard(logits, spec('rows', None, None)), axis=-1
-    ).astype(jnp.int32)
-    tokens = jnp.where(place_ == length, chosen, tokens)
-    # All rows are one text, so any row's token says whether it has ended.
-    return tokens, length + 1, jnp.all(chosen == eos)
-
-  tokens, length, _ = jax.lax.while_loop(
-    lambda carry: (carry[1] < limit) & ~carry[2],
-    extend,
-    (tokens, start, jnp.array(False)),
-  )
-  # Every process reads the first row.
-  return jax.sharding.reshard(tokens, jax.P()), length
-
-
 def _fill_rows(
   fill: Filler, texts: Sequence[EmbeddingText | Conversation]
 ) -> Rows:
@@ -302,10 +249,13 @@ def _fill_rows(
   )
 
 
-def _sample(datasets: Sequence[Any], count: int, seed: int) -> list:
-  """Reads up to `count` records of all data sets, evenly and always alike."""
+def _sample(datasets: Sequence[Any], count: int) -> list:
+  """Reads up to `count` records of all data sets, evenly and always alike.
+
+  Whatever the run's seed: so runs of several can be compared.
+  """
   total = sum(len(dataset) for dataset in datasets)
-  chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+  chosen = np.sort(np.random.default_rng(0).permutation(total)[:count])
   found, start = [], 0
   for dataset in datasets:
     inside = (chosen >= start) & (chosen < start + len(dataset))

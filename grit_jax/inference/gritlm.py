@@ -88,7 +88,7 @@ class GritLM:
       mesh: How to split it over all devices; None: it is on the first one. To
         split rows takes `data` or `fsdp`, heads `tensor`.
       dtype: Of weights and activations, `float32` or `bfloat16`; empty: that
-        the model computes in.
+        the model was trained in, or a foreign folder's weights are stored in.
       quantization: `int8` or `nf4` for the layers' weights; empty: none.
       attention: As `bbcc`; empty: the model's own, and `bbcc` for a Hugging
         Face folder, which does not say.

@@ -45,6 +45,7 @@ def attend(
   queries = spec('rows', 'seq', 'heads', 'head_dim')
   keys = spec('rows', 'kv_heads', 'seq', 'head_dim')
   rows = spec('rows', 'seq')
+  first, last = (jax.sharding.reshard(x, rows) for x in (first, last))
   return jax.shard_map(
     _attend_rows,
     in_specs=(queries, keys, keys, rows, rows),

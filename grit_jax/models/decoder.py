@@ -28,7 +28,14 @@ from jax.ad_checkpoint import checkpoint_name
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
 from grit_jax.models import attention, blockwise
+from grit_jax.models.lora import (
+  Dropout,
+  join_trained,
+  project,
+  split_trained,
+)
 from grit_jax.models.moe import MoE, RouterStatistics
+from grit_jax.models.projections import AXES
 from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
 from grit_jax.sharding import (
   gather,
@@ -103,6 +110,7 @@ class Attention(nnx.Module):
     shape, logical = (width, config.embed_dim), ('heads', 'embed')
     scale = output_scale(config)
     self.o = draw_weight(keys[3], shape, logical, config, scale)
+    self.adapters = nnx.Dict()
 
   def __call__(
     self,
@@ -110,44 +118,46 @@ class Attention(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
+    dropout: Dropout | None = None,
   ) -> tuple[jax.Array, KeysValues]:
     """Attends within each stream of `x`, [B, T, D], which has `rows` rows.
 
     Returns:
       [B, T, D], and the keys and values, [B, T, K, H] each.
     """
-    q, k, v = self.project(x, angles)
+    q, k, v = self.project(x, angles, dropout)
     parts = zip(attends, *(split_rows(y, rows) for y in (q, k, v)), strict=True)
     with jax.named_scope('attend'):
       out = join_rows([attend(*part) for attend, *part in parts])
-    return self.project_back(out), (k, v)
+    return self.project_back(out, dropout), (k, v)
 
   def project(
-    self, x: jax.Array, angles: tuple[jax.Array, jax.Array]
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    dropout: Dropout | None = None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maps [B, T, D] to queries, scaled, keys and values, [B, T, heads, H]."""
     config = self.config
 
-    def project(weight: nnx.Param, heads: str) -> jax.Array:
-      weight = gather(weight[...], 'embed', heads, dtype=config.dtype)
-      y = jnp.einsum('btd,dh->bth', x, weight)
+    def split_heads(name: str) -> jax.Array:
+      y = project(self, name, x, dropout)
       return y.reshape(
         *y.shape[:2], -1, config.head_dim,
-        out_sharding=spec('rows', 'seq', heads, 'head_dim'),
+        out_sharding=spec('rows', 'seq', AXES[name][1], 'head_dim'),
       )  # fmt: skip
 
     scale = config.head_dim**-0.5
-    q = attention.rotate(project(self.q, 'heads'), angles, scale)
-    k = attention.rotate(project(self.k, 'kv_heads'), angles)
-    return q, k, project(self.v, 'kv_heads')
+    q = attention.rotate(split_heads('q'), angles, scale)
+    k = attention.rotate(split_heads('k'), angles)
+    return q, k, split_heads('v')
 
-  def project_back(self, x: jax.Array) -> jax.Array:
+  def project_back(
+    self, x: jax.Array, dropout: Dropout | None = None
+  ) -> jax.Array:
     """Maps what the heads read, [B, T, N, H], to [B, T, D]."""
     x = x.reshape(*x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads'))
-    o = gather(self.o[...], 'heads', 'embed', dtype=self.config.dtype)
-    return jnp.einsum(
-      'bth,hd->btd', x, o, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    return project(self, 'o', x, dropout, spec('rows', 'seq', 'embed'))
 
 
 class MLP(nnx.Module):
@@ -162,18 +172,13 @@ class MLP(nnx.Module):
     self.up = draw_weight(keys[1], shape, logical, config)
     scale = output_scale(config)
     self.down = draw_weight(keys[2], shape[::-1], logical[::-1], config, scale)
+    self.adapters = nnx.Dict()
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
-    dtype = self.config.dtype
-    gate = gather(self.gate[...], 'embed', 'mlp', dtype=dtype)
-    up = gather(self.up[...], 'embed', 'mlp', dtype=dtype)
-    down = gather(self.down[...], 'mlp', 'embed', dtype=dtype)
-    hidden = jax.nn.silu(jnp.einsum('btd,df->btf', x, gate))
-    hidden = hidden * jnp.einsum('btd,df->btf', x, up)
-    return jnp.einsum(
-      'btf,fd->btd', hidden, down, out_sharding=spec('rows', 'seq', 'embed')
-    )
+    hidden = jax.nn.silu(project(self, 'gate', x, dropout))
+    hidden = hidden * project(self, 'up', x, dropout)
+    return project(self, 'down', hidden, dropout, spec('rows', 'seq', 'embed'))
 
 
 class Block(nnx.Module):
@@ -197,11 +202,12 @@ class Block(nnx.Module):
     angles: tuple[jax.Array, jax.Array],
     rows: Sequence[int],
     attends: Sequence[attention.Attend],
+    dropout: Dropout | None = None,
   ) -> tuple[jax.Array, KeysValues]:
     """Maps [B, T, D] to [B, T, D]; see `Attention`."""
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
-      out, keys_values = self.attention(normed, angles, rows, attends)
+      out, keys_values = self.attention(normed, angles, rows, attends, dropout)
       return x + out, keys_values
 
   def extend(
@@ -229,15 +235,19 @@ class Block(nnx.Module):
     return self.add_mlp(x, chunk.real[:, :, None])[0], layer
 
   def add_mlp(
-    self, x: jax.Array, counted: jax.Array
+    self, x: jax.Array, counted: jax.Array, dropout: Dropout | None = None
   ) -> tuple[jax.Array, RouterStatistics | None]:
     """Maps [B, T, D] to [B, T, D]; see `MoE` for the rest."""
     with jax.named_scope('mlp'):
       normed = rms_norm(x, self.mlp_norm[...], self.config.norm_epsilon)
       if not self.config.num_experts:
-        return x + self.mlp(normed), None
+        return x + self.mlp(normed, dropout), None
       out, statistics = self.moe(normed, counted)
       return x + out, statistics
+
+
+# A layer of the scan: its weights, and the key of its dropout in training.
+Layer = tuple[Block, jax.Array | None]
 
 
 class Decoder(nnx.Module):
@@ -290,6 +300,7 @@ class Decoder(nnx.Module):
     kinds: Sequence[attention.Kind],
     remat: str = 'none',
     kernel: str = 'auto',
+    dropout: Sequence[Dropout] | None = None,
   ) -> tuple[list[jax.Array], RouterStatistics | None]:
     """Runs all streams through the layers in one pass.
 
@@ -298,13 +309,16 @@ class Decoder(nnx.Module):
       kinds: one a stream.
       remat: `config.MemoryConfig.remat`.
       kernel: `config.Config.attention_kernel`.
+      dropout: of adapters, in training, one a stream, with one key.
 
     Returns:
       The normalised last hidden states, [R_i, T, D] a stream; and, of a model
       with experts, the router's statistics over all tokens but padding, with
       leading axes [L, streams].
     """
-    hidden, (statistics, _) = self._run(streams, kinds, remat, kernel, False)
+    hidden, (statistics, _) = self._run(
+      streams, kinds, remat, kernel, keep=False, dropout=dropout
+    )
     return hidden, statistics
 
   def run_to_cache(
@@ -321,11 +335,13 @@ class Decoder(nnx.Module):
       The normalised last hidden states, [R, T, D], and of each layer the keys,
       rotated, and the values, [R, T, K, H].
     """
-    (hidden,), (_, layers) = self._run([rows], [kind], 'none', kernel, True)
+    (hidden,), (_, layers) = self._run(
+      [rows], [kind], 'none', kernel, keep=True
+    )
     if isinstance(self.blocks, Block):
       count = self.config.num_layers
       return hidden, [tuple(x[i] for x in layers) for i in range(count)]
-    return hidden, layers
+    return hidden, list(layers)
 
   def _run(
     self,
@@ -334,6 +350,7 @@ class Decoder(nnx.Module):
     remat: str,
     kernel: str,
     keep: bool,
+    dropout: Sequence[Dropout] | None = None,
   ) -> tuple[list[jax.Array], tuple]:
     """`run`, which keeps keys and values or not."""
     config = self.config
@@ -354,26 +371,40 @@ class Decoder(nnx.Module):
 
     counted = jax.sharding.reshard(counted, spec('rows', 'seq', None))
 
-    def add_attention(x: jax.Array, block: Block) -> tuple:
-      x, keys_values = block.add_attention(x, angles, rows, attends)
+    keys = None
+    if dropout is not None:
+      tokens = join_rows([stream.tokens for stream in dropout])
+      keys = jax.random.split(dropout[0].key, config.num_layers)
+
+    def dropout_of(key: jax.Array | None) -> Dropout | None:
+      return None if key is None else Dropout(key, tokens)
+
+    def add_attention(x: jax.Array, layer: Layer) -> tuple:
+      block, key = layer
+      x, keys_values = block.add_attention(
+        x, angles, rows, attends, dropout_of(key)
+      )
       return x, keys_values if keep else None
 
-    def add_mlp(x: jax.Array, block: Block) -> tuple:
-      return block.add_mlp(x, counted)
+    def add_mlp(x: jax.Array, layer: Layer) -> tuple:
+      block, key = layer
+      return block.add_mlp(x, counted, dropout_of(key))
 
-    layer = _rematerialise(add_attention, add_mlp, remat)
+    add_layer = _rematerialise(add_attention, add_mlp, remat)
     with jax.named_scope('layers'):
-      x, kept = self._scan_layers(layer, x)
+      x, kept = self._scan_layers(add_layer, x, keys)
     x = rms_norm(x, self.final_norm[...], config.norm_epsilon)
     return split_rows(x, rows), kept
 
-  def _scan_layers(self, layer: Callable, x: jax.Array) -> tuple:
-    """Runs `layer` over the blocks, stacked or one by one."""
+  def _scan_layers(
+    self, add_layer: Callable, x: jax.Array, keys: jax.Array | None
+  ) -> tuple:
+    """Runs a layer's function over the blocks, stacked or one by one."""
     if isinstance(self.blocks, Block):
-      return jax.lax.scan(layer, x, self.blocks)
+      return jax.lax.scan(add_layer, x, (self.blocks, keys))
     kept = []
     for block in self.blocks:
-      x, one = layer(x, block)
+      x, one = add_layer(x, (block, None))
       kept.append(one)
     return x, tuple(zip(*kept, strict=True))
 
@@ -399,11 +430,16 @@ class Decoder(nnx.Module):
     CPU takes 2.8 times as long.
     """
     model = nnx.clone(self)
-    model.blocks = nnx.List(
+    model.blocks = nnx.List(self._list_blocks())
+    return model
+
+  def _list_blocks(self) -> list[Block]:
+    if not isinstance(self.blocks, Block):
+      return list(self.blocks)
+    return [
       jax.tree.map(operator.itemgetter(layer), self.blocks)
       for layer in range(self.config.num_layers)
-    )
-    return model
+    ]
 
   def extend(
     self, chunk: Chunk, cache: Sequence[KeysValues]
@@ -421,7 +457,7 @@ class Decoder(nnx.Module):
     x, angles = self._embed(chunk.tokens), self._angles(chunk.positions)
     extended = []
     with jax.named_scope('layers'):
-      for block, layer in zip(self.blocks, cache, strict=True):
+      for block, layer in zip(self._list_blocks(), cache, strict=True):
         x, layer = block.extend(x, layer, chunk, angles)
         extended.append(layer)
     return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), extended
@@ -467,7 +503,7 @@ def _rematerialise(
   """Returns a layer's two parts as the body of the layer scan.
 
   Args:
-    add_attention: the first part, of `x` and a block; returns `x` and what is
+    add_attention: the first part, of `x` and a `Layer`; returns `x` and what is
       kept of it.
     add_mlp: the second part; returns `x` and the router's statistics.
     remat: `config.MemoryConfig.remat`.
@@ -475,15 +511,15 @@ def _rematerialise(
   if remat == 'offload':
     add_attention, add_mlp = _offload(add_attention), _offload(add_mlp)
 
-  def layer(x: jax.Array, block: Block) -> tuple:
-    x, kept = add_attention(x, block)
-    x, statistics = add_mlp(x, block)
+  def add_layer(x: jax.Array, layer: Layer) -> tuple:
+    x, kept = add_attention(x, layer)
+    x, statistics = add_mlp(x, layer)
     return x, (statistics, kept)
 
   if remat != 'full':
-    return layer
+    return add_layer
   policy = jax.checkpoint_policies.nothing_saveable
-  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+  return jax.checkpoint(add_layer, policy=policy, prevent_cse=False)
 
 
 def _offload(part: Callable) -> Callable:
@@ -494,9 +530,12 @@ def _offload(part: Callable) -> Callable:
   is computed again after that.
   """
 
-  def named(x: jax.Array, block: Block) -> Any:
-    x, block = finish_together(checkpoint_name(x, PART_INPUT), block)
-    return part(x, block)
+  def named(x: jax.Array, layer: Layer) -> Any:
+    block, key = layer
+    # What is frozen has no gradient to wait for.
+    trained, rest = split_trained(block)
+    x, trained = finish_together(checkpoint_name(x, PART_INPUT), trained)
+    return part(x, (join_trained(trained, rest), key))
 
   policy = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

@@ -24,6 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import ModelConfig
@@ -37,6 +38,9 @@ LOGICAL = {
   'up': ('experts', 'embed', 'mlp'),
   'down': ('experts', 'mlp', 'embed'),
 }
+
+# The weights of a device's experts by name; adapters are `gate_a`, `gate_b`.
+Experts = dict[str, jax.Array]
 
 # A round takes this many times the tokens of an even spread over devices: most
 # steps then need one.
@@ -102,6 +106,7 @@ class MoE(nnx.Module):
       scale = output_scale(config) if name == 'down' else INIT_SCALE
       weight = draw_weight(key, shape, LOGICAL[name], config, scale)
       setattr(self, name, weight)
+    self.adapters = nnx.Dict()
 
   def __call__(
     self, x: jax.Array, counted: jax.Array
@@ -116,9 +121,16 @@ class MoE(nnx.Module):
       The outputs, and the statistics of all devices' tokens.
     """
     weights = {name: getattr(self, name)[...] for name in LOGICAL}
+    axes = dict(LOGICAL)
+    for name, adapter in self.adapters.items():
+      experts, inputs, outputs = LOGICAL[name]
+      weights[f'{name}_a'] = adapter.a[...]
+      axes[f'{name}_a'] = (experts, inputs, 'rank')
+      weights[f'{name}_b'] = adapter.scaled_b()
+      axes[f'{name}_b'] = (experts, outputs, 'rank')
     # What is quantised is gathered before: it needs no gradient.
     whole = {
-      name: gather(weight, *LOGICAL[name], dtype=self.config.dtype)
+      name: gather(weight, *axes[name], dtype=self.config.dtype)
       for name, weight in weights.items()
       if not isinstance(weight, jax.Array)
     }
@@ -131,8 +143,8 @@ class MoE(nnx.Module):
       in_specs=(
         rows,
         spec('rows', 'seq', None),
-        {name: weight_spec(*LOGICAL[name]) for name in stored},
-        {name: spec(*LOGICAL[name]) for name in whole},
+        {name: weight_spec(*axes[name]) for name in stored},
+        {name: spec(*axes[name]) for name in whole},
       ),
       out_specs=(rows, P()),
       check_vma=False,
@@ -167,12 +179,13 @@ def _mix(
 ) -> tuple[jax.Array, RouterStatistics]:
   """The whole on one device's rows, [b, T, D]; see `MoE.__call__`."""
   tokens = x.reshape(-1, x.shape[-1])
-  weights = _gather(stored, dtype) | whole
+  experts = _gather(stored, dtype) | whole
+  router = experts.pop('router')
   with jax.named_scope('route'):
     logits = jnp.einsum(
       'nd,de->ne',
       tokens.astype(jnp.float32),
-      weights['router'],
+      router,
       precision=jax.lax.Precision.HIGHEST,
     )
     best, chosen = jax.lax.top_k(logits, k)
@@ -181,7 +194,6 @@ def _mix(
       logits, chosen, counted.reshape(len(tokens), -1)
     )
     statistics = jax.lax.psum(statistics, ROWS)
-  experts = weights['gate'], weights['up'], weights['down']
   if jax.lax.axis_size('expert') == 1:
     out = _apply_at_home(tokens, chosen, experts)
   else:
@@ -192,28 +204,33 @@ def _mix(
   return out.reshape(x.shape), statistics
 
 
-def _multiply(
-  rows: jax.Array, sizes: jax.Array, experts: tuple[jax.Array, ...]
-) -> jax.Array:
+def _multiply(rows: jax.Array, sizes: jax.Array, experts: Experts) -> jax.Array:
   """SwiGLU of rows [m, D] that stand by expert, `sizes` [E] of them each.
 
   With `tensor` greater than 1 a result is the part of this device's features.
   """
-  gate, up, down = experts
-  hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes))
-  hidden = hidden * jax.lax.ragged_dot(rows, up, sizes)
-  return jax.lax.ragged_dot(hidden, down, sizes)
+
+  def project(name: str, x: jax.Array) -> jax.Array:
+    y = jax.lax.ragged_dot(x, experts[name], sizes)
+    if f'{name}_a' not in experts:
+      return y
+    low = jax.lax.ragged_dot(x, experts[f'{name}_a'], sizes)
+    second = jnp.swapaxes(experts[f'{name}_b'], 1, 2)
+    return y + jax.lax.ragged_dot(low, second, sizes)
+
+  hidden = jax.nn.silu(project('gate', rows)) * project('up', rows)
+  return project('down', hidden)
 
 
 def _apply_at_home(
-  tokens: jax.Array, chosen: jax.Array, experts: tuple[jax.Array, ...]
+  tokens: jax.Array, chosen: jax.Array, experts: Experts
 ) -> jax.Array:
   """Applies experts that are all here, to [n, D]; [n, k, D]."""
   n, k = chosen.shape
   with jax.named_scope('permute'):
     order = jnp.argsort(chosen.reshape(-1))
     rows = tokens[order // k]
-  sizes = jnp.bincount(chosen.reshape(-1), length=experts[0].shape[0])
+  sizes = jnp.bincount(chosen.reshape(-1), length=experts['gate'].shape[0])
   with jax.named_scope('experts'):
     out = _multiply(rows, sizes.astype(jnp.int32), experts)
   with jax.named_scope('unpermute'):
@@ -223,14 +240,14 @@ def _apply_at_home(
 
 @jax.custom_vjp
 def _apply_by_travel(
-  tokens: jax.Array, chosen: jax.Array, experts: tuple[jax.Array, ...]
+  tokens: jax.Array, chosen: jax.Array, experts: Experts
 ) -> jax.Array:
   """Applies experts that are split over `expert`, to [n, D]; [n, k, D].
 
   The sum of as many rounds as the fullest device needs. A traced number of
   rounds has no reverse mode of its own: `_travel_backward` sums theirs.
   """
-  journey = _plan(chosen, experts[0].shape[0])
+  journey = _plan(chosen, experts['gate'].shape[0])
   shape = (*chosen.shape, tokens.shape[1])
 
   def add(number: jax.Array, out: jax.Array) -> jax.Array:
@@ -242,29 +259,35 @@ def _apply_by_travel(
 
 
 def _travel_forward(tokens, chosen, experts):
-  return _apply_by_travel(tokens, chosen, experts), (tokens, chosen, experts)
+  # Frozen experts have no gradient, which would be as large as they are.
+  trained = {name: x.value for name, x in experts.items() if x.perturbed}
+  frozen = {name: x.value for name, x in experts.items() if not x.perturbed}
+  out = _apply_by_travel(tokens.value, chosen.value, trained | frozen)
+  return out, (tokens.value, chosen.value, trained, frozen)
 
 
 def _travel_backward(saved, cotangent):
-  tokens, chosen, experts = saved
-  journey = _plan(chosen, experts[0].shape[0])
+  tokens, chosen, trained, frozen = saved
+  if isinstance(cotangent, SymbolicZero):
+    return None, None, None
+  journey = _plan(chosen, (trained | frozen)['gate'].shape[0])
 
   def add(number: jax.Array, total: tuple) -> tuple:
     _, pull_back = jax.vjp(
-      lambda tokens, experts: _round(
-        number, tokens, experts, journey, cotangent.shape
+      lambda tokens, trained: _round(
+        number, tokens, trained | frozen, journey, cotangent.shape
       ),
       tokens,
-      experts,
+      trained,
     )
     return jax.tree.map(jnp.add, total, pull_back(cotangent))
 
-  start = jax.tree.map(jnp.zeros_like, (tokens, experts))
+  start = jax.tree.map(jnp.zeros_like, (tokens, trained))
   of_tokens, of_experts = jax.lax.fori_loop(0, journey.rounds, add, start)
-  return of_tokens, None, of_experts
+  return of_tokens, None, of_experts | dict.fromkeys(frozen)
 
 
-_apply_by_travel.defvjp(_travel_forward, _travel_backward)
+_apply_by_travel.defvjp(_travel_forward, _travel_backward, symbolic_zeros=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +324,7 @@ def _plan(chosen: jax.Array, experts_here: int) -> _Journey:
 def _round(
   number: jax.Array,
   tokens: jax.Array,
-  experts: tuple[jax.Array, ...],
+  experts: Experts,
   journey: _Journey,
   shape: tuple[int, ...],
 ) -> jax.Array:
@@ -310,7 +333,7 @@ def _round(
   valid = place < journey.counts[:, None]  # [devices, size]
   sorted_place = jnp.where(valid, journey.starts[:, None] + place, 0)
   choice = journey.order[sorted_place]
-  here = experts[0].shape[0]
+  here = experts['gate'].shape[0]
   with jax.named_scope('dispatch'):
     sent = jnp.where(valid[..., None], tokens[choice // journey.choices], 0)
     # What is no token goes behind all experts.

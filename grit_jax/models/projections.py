@@ -33,6 +33,18 @@ def projection_axes(model: ModelConfig) -> dict[str, tuple[str, ...]]:
   return axes
 
 
+def axis_sizes(model: ModelConfig) -> dict[str, int]:
+  """Returns the size of each logical axis of a projection."""
+  return {
+    'layers': model.num_layers,
+    'experts': model.num_experts,
+    'embed': model.embed_dim,
+    'heads': model.num_heads * model.head_dim,
+    'kv_heads': model.num_kv_heads * model.head_dim,
+    'mlp': model.mlp_dim,
+  }
+
+
 def find_part(model: Any, path: str) -> Any:
   """Returns the module or weight of a decoder with a path."""
   for name in path.split('/'):

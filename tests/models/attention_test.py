@@ -1,20 +1,16 @@
-"""Tests of the masks, of attention itself and of rotary positions."""
+"""Tests of what each token sees, of the choice of kernel, of rotations."""
 
 from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from visibility import LETTERS, seen_by
 
-from grit_jax.batch import Rows
 from grit_jax.config import ATTENTION_MODES, ConfigError, RotaryScalingConfig
 from grit_jax.models import attention
 from grit_jax.models.attention import Kind
-from grit_jax.sharding import place
 
-# Float32 sums of some ten products of numbers of size 1, in another order.
-SUM_TOLERANCE = 1e-5
 # Float32 cosines of angles up to 4096, whose spacing is 2^-11 = 5e-4.
 ANGLE_TOLERANCE = 5e-4
 
@@ -25,61 +21,33 @@ LAYOUTS = (
   't|i|tt|tti|itti',
   '',
 )
-KINDS = {
-  'bb': Kind.BIDIRECTIONAL,
-  'cc': Kind.CAUSAL,
-  'bc': Kind.INSTRUCTION,
-  'cb': Kind.TEXT,
-}
-
-
-def sees(rows: Rows, row: int, t: int, s: int, letters: str, window: int):
-  """Whether token t sees token s by a mode's letters, one pair at a time."""
-  segments, instruction = rows.segments[row], rows.in_instruction[row]
-  if segments[t] != segments[s]:
-    return False
-  if window and abs(t - s) >= window + (letters == 'bb'):
-    return False
-  if s <= t or letters == 'bb':
-    return True
-  stretch = instruction[t : s + 1]
-  letter = letters[0] if instruction[t] else letters[1]
-  return letter == 'b' and bool(np.all(stretch == instruction[t]))
 
 
 @pytest.mark.parametrize('window', [0, 1, 3])
-@pytest.mark.parametrize('letters', KINDS)
-def test_mask_equals_its_definition_token_by_token(
-  pack: Callable, letters: str, window: int
-):
-  rows = pack(*LAYOUTS, length=LENGTH)
-  mask = attention.make_mask(rows, KINDS[letters], window)
-  assert mask.shape == (len(LAYOUTS), LENGTH, LENGTH)
-  for row, t in np.argwhere(rows.segments > 0):
-    expected = [sees(rows, row, t, s, letters, window) for s in range(LENGTH)]
-    assert mask[row, t].tolist() == expected, (row, t)
-
-
 @pytest.mark.parametrize('kind', Kind)
-def test_padding_sees_itself_and_no_text(pack: Callable, kind: Kind):
+def test_stretches_equal_their_definition_token_by_token(
+  pack: Callable, kind: Kind, window: int
+):
   rows = pack(*LAYOUTS, length=LENGTH)
-  mask = np.asarray(attention.make_mask(rows, kind, 0))
-  padding = rows.segments == 0
-  assert padding.any()
-  assert not (mask & padding[:, :, None] & ~padding[:, None, :]).any()
-  # A row of the softmax with nothing to see would be a mean of everything.
-  assert mask.diagonal(axis1=1, axis2=2).all()
+  first, last = attention.find_stretches(rows, kind, window)
+  assert first.dtype == last.dtype == 'int32'
+  index = np.arange(LENGTH)
+  for row, t in np.ndindex(rows.segments.shape):
+    seen = (first[row, t] <= index) & (index <= last[row, t])
+    expected = seen_by(rows, row, t, kind, window)
+    assert expected[t] == (rows.segments[row, t] > 0)
+    assert seen.tolist() == expected.tolist(), (row, t)
 
 
 @pytest.mark.parametrize('window', [0, 1, 3])
-@pytest.mark.parametrize('letters', ['bc', 'cb'])
+@pytest.mark.parametrize('kind', [Kind.INSTRUCTION, Kind.TEXT])
 def test_last_seen_is_the_last_of_the_definition(
-  pack: Callable, letters: str, window: int
+  pack: Callable, kind: Kind, window: int
 ):
   rows = pack(*LAYOUTS, length=LENGTH)
-  last = np.asarray(attention.last_seen(rows, KINDS[letters], window))
+  last = np.asarray(attention.last_seen(rows, kind, window))
   for row, t in np.argwhere(rows.segments > 0):
-    seen = [sees(rows, row, t, s, letters, window) for s in range(LENGTH)]
+    seen = seen_by(rows, row, t, kind, window)
     # Beyond the segment it need not say; segments part those.
     end = np.flatnonzero(rows.segments[row] == rows.segments[row, t])[-1]
     assert min(last[row, t], end) == np.flatnonzero(seen)[-1], (row, t)
@@ -108,34 +76,8 @@ def test_kernel_that_does_not_run_on_the_platform_raises():
 
 @pytest.mark.parametrize('mode', ATTENTION_MODES)
 def test_modes_give_each_stream_its_two_letters(mode: str):
-  assert attention.embedding_kind(mode) is KINDS[mode[:2]]
-  assert attention.generative_kind(mode) is KINDS[mode[2:]]
-
-
-def test_attend_equals_float64_attention_head_by_head(one_device: Mesh):
-  rng = np.random.default_rng(0)
-  rows, tokens, heads, kv_heads, head_dim = 2, 7, 6, 2, 4
-  q = rng.standard_normal((rows, tokens, heads, head_dim))
-  k, v = rng.standard_normal((2, rows, tokens, kv_heads, head_dim))
-  mask = rng.random((rows, tokens, tokens)) < 0.5
-  mask |= np.eye(tokens, dtype=bool)
-  expected = np.empty_like(q)
-  for n in range(heads):
-    shared = n // (heads // kv_heads)
-    scores = np.einsum('btd,bsd->bts', q[:, :, n], k[:, :, shared])
-    weights = np.where(mask, np.exp(scores / np.sqrt(head_dim)), 0)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    expected[:, :, n] = weights @ v[:, :, shared]
-  arrays = [
-    place(one_device, x.astype('float32'), 'rows', 'seq', axis, 'head_dim')
-    for x, axis in (
-      (q / np.sqrt(head_dim), 'heads'),
-      (k, 'kv_heads'),
-      (v, 'kv_heads'),
-    )
-  ]
-  actual = attention.attend(*arrays, jax.numpy.asarray(mask))
-  np.testing.assert_allclose(actual, expected, atol=SUM_TOLERANCE)
+  assert LETTERS[attention.embedding_kind(mode)] == mode[:2]
+  assert LETTERS[attention.generative_kind(mode)] == mode[2:]
 
 
 def test_rotate_multiplies_complex_pairs_by_their_phase():

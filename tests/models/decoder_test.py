@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from visibility import seen_by
 
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
 from grit_jax.models import presets
-from grit_jax.models.attention import Kind, make_mask
+from grit_jax.models.attention import Kind
 from grit_jax.models.decoder import INIT_SCALE, Decoder, count_parameters
 
 # Two float32 programs over two layers, logits of size 1 to 5.
@@ -239,7 +240,7 @@ def test_gradients_flow_exactly_along_the_mask(
     at = jnp.arange(hidden.shape[1])[None, :, None] == t
     return (jnp.where(at, hidden, 0) * weights).sum()
 
-  mask = np.asarray(make_mask(rows, kind, window))[0]
+  mask = np.stack([seen_by(rows, 0, t, kind, window) for t in range(12)])
   reachable = np.linalg.matrix_power(mask.astype(int), config.num_layers) > 0
   for t in range(11):
     gradient = np.asarray(derive(model, t).embed[...])

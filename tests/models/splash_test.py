@@ -1,4 +1,4 @@
-"""Tests of the splash kernel, interpreted, against the reference."""
+"""Tests of the splash kernel, interpreted, against attention in blocks."""
 
 import functools
 import re
@@ -14,11 +14,12 @@ from jax.sharding import (
   Mesh,
   NamedSharding,
 )
+from visibility import seen_by
 
 from grit_jax import sharding
 from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
-from grit_jax.models import attention, splash
+from grit_jax.models import attention, blockwise, splash
 from grit_jax.models.attention import Kind
 from grit_jax.models.decoder import Decoder
 
@@ -44,6 +45,7 @@ def draw_rows(shape: tuple[int, int]) -> Rows:
   """
   rng = np.random.default_rng(0)
   segments = np.zeros(shape, np.int32)
+  positions = np.zeros(shape, np.int32)
   instruction = np.zeros(shape, bool)
   tokens = shape[1]
   for row in range(shape[0]):
@@ -52,12 +54,13 @@ def draw_rows(shape: tuple[int, int]) -> Rows:
     while start < real:
       stop = min(start + int(rng.integers(1, tokens // 2)), real)
       segments[row, start:stop] = number
+      positions[row, start:stop] = np.arange(stop - start)
       while start < stop:
         end = min(start + int(rng.integers(1, tokens // 3)), stop)
         instruction[row, start:end] = rng.random() < 0.5
         start = end
       number += 1
-  return Rows(np.zeros_like(segments), segments, segments, instruction)
+  return Rows(np.zeros_like(segments), segments, positions, instruction)
 
 
 def draw_heads(
@@ -92,22 +95,25 @@ def place(mesh, rows: Rows, heads: list[np.ndarray]) -> tuple:
   )
 
 
-def assert_equals_reference(arguments: tuple, kind: Kind, window: int) -> None:
+def assert_equals_blocks(arguments: tuple, kind: Kind, window: int) -> None:
+  # Padding sees nothing there, and the other padding here.
+  real = np.asarray(arguments[0].segments) > 0
   found = differentiate(kind, window, 'splash')(*arguments)
   expected = differentiate(kind, window, 'xla')(*arguments)
   for name, x, y in zip(('out', 'q', 'k', 'v'), found, expected, strict=True):
     assert x.sharding.spec == y.sharding.spec
     tolerance = OUT_TOLERANCE if name == 'out' else GRADIENT_TOLERANCE
+    x, y = np.asarray(x)[real], np.asarray(y)[real]
     np.testing.assert_allclose(x, y, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize('window', [0, 150])
 @pytest.mark.parametrize('kind', Kind)
-def test_output_and_gradients_equal_the_reference(
+def test_output_and_gradients_equal_those_of_blocks(
   one_device: Mesh, kind: Kind, window: int
 ):
   arguments = place(one_device, draw_rows(BLOCKS), draw_heads(BLOCKS))
-  assert_equals_reference(arguments, kind, window)
+  assert_equals_blocks(arguments, kind, window)
 
 
 @pytest.mark.parametrize(
@@ -120,29 +126,45 @@ def test_rows_and_heads_split_over_the_mesh(
   mesh = mesh_of(*shape)
   with jax.set_mesh(mesh):
     arguments = place(mesh, draw_rows(SHORT), draw_heads(SHORT))
-    assert_equals_reference(arguments, kind, 0)
+    assert_equals_blocks(arguments, kind, 0)
 
 
 @pytest.mark.parametrize('window', [0, 150])
 @pytest.mark.parametrize('kind', Kind)
-def test_gradient_reaches_what_the_mask_says_and_nothing_else(
+def test_gradient_reaches_what_the_mode_says_and_nothing_else(
   one_device: Mesh, kind: Kind, window: int
 ):
   rows = draw_rows(BLOCKS)
-  mask = np.asarray(attention.make_mask(rows, kind, window))
   q, k, v, cotangent = draw_heads(BLOCKS)
   run = differentiate(kind, window, 'splash')
   rng = np.random.default_rng(2)
-  every = np.arange(BLOCKS[0])
-  for positions in rng.integers(BLOCKS[1], size=(4, BLOCKS[0])):
+  real = rows.segments > 0
+  for positions in rng.integers(real.sum(axis=1), size=(4, BLOCKS[0])):
     one = np.zeros_like(cotangent)
+    every = np.arange(BLOCKS[0])
     one[every, positions] = cotangent[every, positions]
     _, *gradients = run(*place(one_device, rows, [q, k, v, one]))
     # Of the output of one token, the gradient of a value is its weight, and
     # no weight of these scores underflows.
     reached = np.abs(gradients[2]).sum(axis=(2, 3)) > 0
-    np.testing.assert_array_equal(reached, mask[every, positions])
-    assert not np.abs(gradients[1])[~mask[every, positions]].any()
+    seen = np.stack(
+      [seen_by(rows, row, t, kind, window) for row, t in enumerate(positions)]
+    )
+    np.testing.assert_array_equal(reached, seen)
+    assert not np.abs(gradients[1])[~seen].any()
+
+
+@pytest.mark.parametrize('kind', Kind)
+def test_padding_reaches_no_text(one_device: Mesh, kind: Kind):
+  rows = draw_rows(SHORT)
+  real = rows.segments > 0
+  *heads, cotangent = draw_heads(SHORT)
+  cotangent[real] = 0
+  run = differentiate(kind, 0, 'splash')
+  _, *gradients = run(*place(one_device, rows, [*heads, cotangent]))
+  for gradient in gradients:
+    assert np.any(np.asarray(gradient)[~real])
+    assert not np.any(np.asarray(gradient)[real])
 
 
 def test_bfloat16_heads_give_bfloat16_near_the_float32_result(one_device: Mesh):
@@ -150,12 +172,12 @@ def test_bfloat16_heads_give_bfloat16_near_the_float32_result(one_device: Mesh):
   found = differentiate(Kind.CAUSAL, 0, 'splash')(*arguments)
   wide = [x.astype('float32') for x in arguments[1:]]
   expected = differentiate(Kind.CAUSAL, 0, 'xla')(arguments[0], *wide)
+  real = np.asarray(arguments[0].segments) > 0
   for x, y in zip(found, expected, strict=True):
     assert x.dtype == 'bfloat16'
+    x, y = np.asarray(x, np.float32)[real], np.asarray(y)[real]
     scale = np.abs(y).max()
-    np.testing.assert_allclose(
-      x.astype('float32') / scale, y / scale, atol=BFLOAT16_TOLERANCE
-    )
+    np.testing.assert_allclose(x / scale, y / scale, atol=BFLOAT16_TOLERANCE)
 
 
 def test_too_long_rows_of_a_window_and_stretches_raise(one_device: Mesh):
@@ -209,7 +231,7 @@ def lower_for_tpu(kernel: str, window: int) -> str:
 
 
 @pytest.mark.parametrize('window', [0, 256])
-def test_program_for_tpus_has_the_kernels_and_no_pair_of_positions(window):
+def test_program_for_tpus_has_the_kernels_and_no_whole_scores(window):
   program = lower_for_tpu('auto', window)
   kernels = re.findall(r'kernel_name = "splash_mha_(\w+?)_', program)
   assert {'fwd', 'dq', 'dkv'} == set(kernels)
@@ -217,4 +239,8 @@ def test_program_for_tpus_has_the_kernels_and_no_pair_of_positions(window):
   assert all(kernels.count(name) >= 3 for name in kernels)
   pairs = re.compile(r'tensor<(?:\d+x)*1024x1024x\w+>')
   assert not pairs.findall(program)
-  assert pairs.findall(lower_for_tpu('xla', window))
+  program = lower_for_tpu('xla', window)
+  assert not pairs.findall(program)
+  # The scores of a block of queries, two heads together, and a block of keys.
+  size = blockwise.BLOCK
+  assert f'x{2 * size}x{size}xf32>' in program
