@@ -36,7 +36,6 @@ from grit_jax.convert.streamed import StreamedArray, write_checkpoint
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
-from grit_jax.inference.cache import KVCache
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
 from grit_jax.inference.sampling import Sampling
@@ -149,7 +148,8 @@ def _find_end(tokenizer: Tokenizer, text: str, length: int) -> int:
 def make_ours(model: GritLM, sample: Sample, folder: pathlib.Path) -> Run:
   """Prepares our side: an index of the document, and its caches."""
   documents, positions = [sample.document], model.config.model.max_positions
-  embeddings = model.encode_corpus(documents, max_length=positions)
+  embeddings, (first,) = encode_documents(model, documents, Mode.DOC, positions)
+  _, (behind,) = encode_documents(model, documents, Mode.QUERY_DOC, positions)
   index = Index.create(folder, embeddings.shape[1])
   index.extend(embeddings, documents)
   # Nothing ends a text before its 16 tokens.
@@ -157,10 +157,6 @@ def make_ours(model: GritLM, sample: Sample, folder: pathlib.Path) -> Run:
   tokenizer.eos = -1
   endless = GritLM(model.config, model.model, tokenizer, model.mesh)
 
-  def make(mode: Mode) -> KVCache:
-    return encode_documents(model, documents, mode, positions)[1][0]
-
-  first, behind = make(Mode.DOC), make(Mode.QUERY_DOC)
   answerers = {
     mode: Answerer(
       endless,
