@@ -45,6 +45,8 @@ from grit_jax.rag.caches import HostCaches
 from grit_jax.rag.prompts import Mode
 
 NEW_TOKENS = 16
+# One token.
+SHORT = 'the'
 # 255 million weights in the layers and 66 in the tables of tokens.
 MODEL = ModelConfig(
   vocab_size=32000,
@@ -125,11 +127,10 @@ def make_samples(tokenizer: Tokenizer, length: int) -> list[Sample]:
     path.read_text(errors='replace') for path in _find_library()[:40]
   )
   long = source[: _find_end(tokenizer, source, length)]
-  short = source[: _find_end(tokenizer, source, 1)]
-  counts = [len(tokenizer.encode(text)) for text in (short, long)]
+  counts = [len(tokenizer.encode(text)) for text in (SHORT, long)]
   return [
-    Sample(short, {'id': 'long', 'text': long}, tuple(counts)),
-    Sample(long, {'id': 'short', 'text': short}, tuple(counts[::-1])),
+    Sample(SHORT, {'id': 'long', 'text': long}, tuple(counts)),
+    Sample(long, {'id': 'short', 'text': SHORT}, tuple(counts[::-1])),
   ]
 
 

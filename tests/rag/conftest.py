@@ -5,13 +5,7 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
-
-# Fixtures of the converter's tests: a run of random weights, a tokenizer.
-from convert.conftest import (  # noqa: F401
-  PIECES,
-  tokenizer_model,
-  write_run,
-)
+from model_folders import PIECES
 
 from grit_jax.config import Config
 from grit_jax.convert.to_hf import to_hf
@@ -24,7 +18,7 @@ MODEL = dataclasses.replace(
 
 
 @pytest.fixture(scope='session')
-def folder(tmp_path_factory, write_run: Callable) -> pathlib.Path:  # noqa: F811
+def folder(tmp_path_factory, write_run: Callable) -> pathlib.Path:
   """A Hugging Face folder with random weights."""
   place = tmp_path_factory.mktemp('model')
   write_run(place / 'run', Config(model=MODEL))
