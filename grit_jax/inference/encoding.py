@@ -26,6 +26,9 @@ from grit_jax.sharding import row_shards
 # Tokens of the shortest rows. Shorter texts share one; attention skips what
 # lies between them.
 LEAST_ROW = 256
+# Tokens of the shortest row of a call whose texts all fit into one: a question
+# is not kept waiting for 256 tokens.
+LEAST_SINGLE_ROW = 16
 # Texts that fit rows of this length do not go into longer ones, in which a TPU
 # computes attention across texts too.
 USUAL_ROW = 2048
@@ -185,7 +188,10 @@ class Encoder:
     ):
       if not len(group):
         continue
-      length = _round_up(int(lengths[group].max()), LEAST_ROW)
+      if lengths[group].sum() <= LEAST_ROW:
+        length = _round_up(int(lengths[group].sum()), LEAST_SINGLE_ROW)
+      else:
+        length = _round_up(int(lengths[group].max()), LEAST_ROW)
       segments = length // TOKENS_A_TEXT
       packing = pack(lengths[group], length, segments)
       call = self._rows_a_call(length, request)

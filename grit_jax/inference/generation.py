@@ -203,11 +203,8 @@ class _Batch:
     self.longest = max(len(prompt.ids) for prompt in prompts)
     # Another kind lets a token see later ones, which have to be there.
     self.whole = generative_kind(config.attention) is not Kind.CAUSAL
-    if self.whole or self.longest <= CHUNK:
-      self.chunk = max(LEAST_CHUNK, _power_of_two(self.longest))
-    else:
-      self.chunk = CHUNK
-    self.padded = -(-self.longest // self.chunk) * self.chunk
+    self.chunks = split_prompt(self.longest, self.whole)
+    self.padded = sum(self.chunks)
     self.end = max(self.padded, *(prompt.length for prompt in prompts))
     new = max(prompt.sampling.max_new_tokens for prompt in prompts)
     self.places = round_places(self.end + new)
@@ -271,9 +268,9 @@ class _Batch:
       first = np.maximum(first, places - window + 1)
       last = np.minimum(last, places + window - 1)
     put = partial(place, self.mesh)
-    chunks = []
-    for start in range(0, self.padded, self.chunk):
-      part = np.s_[:, start : start + self.chunk]
+    chunks, start = [], 0
+    for size in self.chunks:
+      part = np.s_[:, start : start + size]
       chunks.append(
         Chunk(
           *(
@@ -283,6 +280,7 @@ class _Batch:
           put(np.array(places[start], np.int32)),
         )
       )
+      start += size
     return chunks
 
   def _last_seen(self, prompt: Prompt, places: np.ndarray) -> np.ndarray:
@@ -316,6 +314,20 @@ class _Batch:
       column('top_p', np.float32),
       put(np.array(self.eos, np.int32)),
     )
+
+
+def split_prompt(tokens: int, whole: bool = False) -> list[int]:
+  """Returns the sizes of the chunks that a prompt is read in: few shapes.
+
+  The first is the shortest: a prompt of 513 tokens is not read as 1024.
+
+  Args:
+    tokens: Of the prompt.
+    whole: Whether it has to be one chunk.
+  """
+  full, rest = (0, tokens) if whole else divmod(tokens, CHUNK)
+  first = [max(LEAST_CHUNK, _power_of_two(rest))] if rest else []
+  return first + [CHUNK] * full
 
 
 def round_places(count: int) -> int:

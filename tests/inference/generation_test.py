@@ -283,6 +283,19 @@ def test_programs_are_shared_by_prompts_of_like_lengths(model: GritLM):
   assert count() == before
 
 
+def test_a_long_prompt_is_read_as_few_more_tokens_than_it_has():
+  shapes = set()
+  for tokens in range(1, 3000):
+    chunks = generation.split_prompt(tokens)
+    rest = tokens % generation.CHUNK
+    assert tokens <= sum(chunks)
+    assert sum(chunks) - tokens < max(rest, generation.LEAST_CHUNK)
+    assert set(chunks[1:]) <= {generation.CHUNK}
+    shapes.update(chunks)
+  assert len(shapes) == 6
+  assert generation.split_prompt(1025, whole=True) == [2048]
+
+
 def test_prompts_that_cannot_be_are_refused(model: GritLM):
   with pytest.raises(ValueError, match="role 'system'"):
     model.generate([{'role': 'system', 'content': 'x'}])

@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation with one model, whose caches serve twice."""

@@ -1,0 +1,117 @@
+"""Documents become an index, with their KV caches if they are wanted."""
+
+import argparse
+import pathlib
+import shutil
+
+import numpy as np
+
+from grit_jax.data import folders
+from grit_jax.data.folders import PreparationError
+from grit_jax.data.sources import FileSource
+from grit_jax.encode import fingerprint
+from grit_jax.inference.cache import to_dtype
+from grit_jax.inference.corpus import CorpusWriter
+from grit_jax.initial import open_initial
+from grit_jax.rag.caches import DiskCaches
+from grit_jax.rag.documents import find_files, write_passages
+from grit_jax.rag.prompts import Mode
+
+PASSAGES = 'passages.jsonl'
+
+
+def format_size(count: float) -> str:
+  """Writes a number of bytes as a reader wants it."""
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if count < 1000:
+      return f'{count:.4g} {unit}'
+    count /= 1000
+  return f'{count:.4g} TB'
+
+
+def write_index(flags: argparse.Namespace) -> None:
+  """Writes an index of documents, or goes on with one.
+
+  Args:
+    flags: Of `python -m grit_jax.rag index`.
+
+  Raises:
+    PreparationError: There is no room for the caches.
+    And what `grit_jax.encode` raises.
+  """
+  from grit_jax.inference.gritlm import GritLM
+  from grit_jax.rag.answering import encode_documents
+
+  files = find_files(flags.source)
+  initial = open_initial(flags.model)
+  folder = pathlib.Path(flags.index)
+  target = folder / PASSAGES
+  lengths = write_passages(files, target, initial.tokenizer, flags.max_length)
+  settings = {
+    'model': flags.model,
+    'model_sha256': fingerprint(flags.model),
+    'instruction': '',
+    'max_length': flags.max_length,
+    'caches': flags.caches,
+    'cache_dtype': flags.cache_dtype if flags.caches else '',
+  }
+  writer = CorpusWriter(
+    FileSource(target), folder, settings, flags.dtype, flags.shard_documents
+  )
+  caches = DiskCaches(folder)
+  if flags.caches:
+    model = initial.model
+    numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    token_bytes = numbers * to_dtype(flags.cache_dtype).itemsize
+    _check_room(flags, token_bytes, lengths[writer.done :], sum(lengths))
+  if writer.done < writer.total:
+    mode = Mode(flags.caches or Mode.DOC.value)
+    model = GritLM.load(flags.model)
+
+    def embed(documents: list) -> np.ndarray:
+      if not flags.caches:
+        return model.encode_corpus(
+          documents, max_length=flags.max_length, batch_size=flags.batch_size
+        )
+      found = []
+      # A batch's caches at a time: those of a shard may not fit the memory.
+      for start in range(0, len(documents), flags.batch_size):
+        part = documents[start : start + flags.batch_size]
+        embeddings, kept = encode_documents(
+          model, part, mode, flags.max_length, flags.batch_size
+        )
+        found.append(embeddings)
+        first = writer.done + start
+        with folders.writing(folder):
+          for number, cache in enumerate(kept, first):
+            caches.write(number, cache.astype(flags.cache_dtype))
+      return np.concatenate(found)
+
+    writer.write(embed)
+  print(f'{folder}: an index of {writer.done} passages')
+  if flags.caches:
+    size = caches.measure(writer.done)
+    print(
+      f'{caches.folder}: their caches for {flags.caches}, '
+      f'{format_size(size)}, {format_size(size / sum(lengths))} a token'
+    )
+
+
+def _check_room(
+  flags: argparse.Namespace, token_bytes: int, lengths: list[int], tokens: int
+) -> None:
+  """Says what the caches take, and refuses where the disk has less."""
+  needed = token_bytes * sum(lengths)
+  free = shutil.disk_usage(flags.index).free
+  print(
+    f'Caches of {tokens} tokens in {flags.cache_dtype}: '
+    f'{format_size(token_bytes)} a token, {format_size(token_bytes * tokens)} '
+    f'in all, {format_size(needed)} of that yet to write; '
+    f'{format_size(free)} are free.'
+  )
+  if needed > free:
+    raise PreparationError(
+      f'{flags.index}: the caches need {format_size(needed)}, and '
+      f'{format_size(free)} are free on the disk. Make room, or leave out '
+      '--caches: documents are then read again for each answer'
+    )
