@@ -122,11 +122,8 @@ class Text:
   def _decode(self) -> None:
     if self.finish_reason == 'stop' and self.ids[-1] != self.tokenizer.eos:
       return
-    tokenizer = self.tokenizer
-    # A model may have more ids than its tokenizer; those have no text.
-    self.text = tokenizer.decode(
-      [i for i in self.ids if i != tokenizer.eos and i < tokenizer.vocab_size]
-    )
+    ids = [token for token in self.ids if token != self.tokenizer.eos]
+    self.text = self.tokenizer.decode(ids)
     ends = [self.text.find(string) for string in self.settings.stop]
     if any(end >= 0 for end in ends):
       self.text = self.text[: min(end for end in ends if end >= 0)]
