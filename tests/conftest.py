@@ -12,6 +12,13 @@ jax.config.update('jax_disable_most_optimizations', True)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from model_folders import (  # noqa: E402, F401 - fixtures
+  draw_tensors,
+  json_tokenizer_files,
+  tokenizer_model,
+  write_hf,
+  write_run,
+)
 
 from grit_jax import sharding  # noqa: E402
 from grit_jax.batch import Rows  # noqa: E402

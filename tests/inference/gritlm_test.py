@@ -1,0 +1,184 @@
+"""Tests of loading and encoding, against the PyTorch package."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from grit_jax import GritLM
+from grit_jax.config import Config, ConfigError, MeshConfig
+from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
+from grit_jax.data.formats import FormatError
+from grit_jax.initial import load_model, open_initial
+from grit_jax.models import presets
+
+# Two float32 programs over two layers; embeddings have length 1.
+TOLERANCE = 1e-5
+# Weights rounded to 8 bits: their errors average out over sums of 32.
+INT8_COSINE = 0.99
+
+MODEL = dataclasses.replace(
+  presets.tiny(), vocab_size=407, rope_theta=100.0, max_positions=4096
+)
+TEXTS = [
+  'a',
+  'Uneven lengths, of texts that share a batch, change nothing.',
+  'Bytes: ünïcödé 🙂, and\n\nnewlines\tand tabs',
+  'word ' * 150,
+  'A literal </s> in the text is the token.',
+  'two words ' * 60,
+]
+INSTRUCTION = 'Find the answer: to the question'
+
+
+@pytest.fixture(scope='module')
+def checkpoint(
+  tmp_path_factory: pytest.TempPathFactory, write_run: Callable
+) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('gritlm') / 'checkpoint'
+  write_run(path, Config(model=MODEL))
+  return path
+
+
+@pytest.fixture(scope='module')
+def model(checkpoint: pathlib.Path) -> GritLM:
+  return GritLM.load(checkpoint)
+
+
+@pytest.fixture(scope='module')
+def encoded(model: GritLM) -> np.ndarray:
+  return model.encode(TEXTS, max_length=1024)
+
+
+@pytest.mark.parametrize('instruction', ['', INSTRUCTION])
+def test_embeddings_are_those_of_the_pytorch_package(
+  checkpoint: pathlib.Path, tmp_path: pathlib.Path, instruction: str
+):
+  torch = pytest.importorskip('torch')
+  gritlm = pytest.importorskip('gritlm')
+  to_hf(checkpoint, tmp_path / 'hf', None, MAX_SHARD_BYTES)
+  theirs = gritlm.GritLM(
+    str(tmp_path / 'hf'), mode='embedding', torch_dtype=torch.float32
+  )
+  user = f'<|user|>\n{instruction}\n' if instruction else ''
+  expected = theirs.encode(
+    TEXTS, instruction=f'{user}<|embed|>\n', max_length=100
+  )
+  ours = GritLM.load(tmp_path / 'hf')
+  found = ours.encode(TEXTS, instruction=instruction, max_length=100)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_a_text_has_one_embedding_alone_and_in_any_batch(
+  model: GritLM, encoded: np.ndarray
+):
+  assert encoded.shape == (len(TEXTS), MODEL.embed_dim)
+  np.testing.assert_allclose(np.linalg.norm(encoded, axis=1), 1, atol=TOLERANCE)
+  order = [3, 0, 5, 1, 4, 2]
+  shuffled = model.encode(
+    [TEXTS[i] for i in order], max_length=1024, batch_size=1
+  )
+  np.testing.assert_allclose(shuffled, encoded[order], atol=TOLERANCE)
+  alone = model.encode(TEXTS[1])
+  assert alone.shape == (MODEL.embed_dim,)
+  np.testing.assert_allclose(alone, encoded[1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  'mesh', [MeshConfig(fsdp=-1), MeshConfig(data=2, fsdp=2, tensor=2)]
+)
+def test_embeddings_are_the_same_on_a_mesh(
+  checkpoint: pathlib.Path, encoded: np.ndarray, mesh: MeshConfig
+):
+  model = GritLM.load(checkpoint, mesh=mesh)
+  found = model.encode(TEXTS, max_length=1024)
+  np.testing.assert_allclose(found, encoded, atol=TOLERANCE)
+
+
+def test_layers_are_read_one_by_one_as_in_a_stack(
+  checkpoint: pathlib.Path, model: GritLM
+):
+  initial = open_initial(checkpoint)
+  with jax.set_mesh(model.mesh):
+    stacked = load_model(Config(model=MODEL), initial, jax.random.key(0))
+    expected = jax.tree.leaves(stacked.unstack())
+  found = jax.tree.leaves(model.model)
+  for x, y in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_int8_weights_keep_the_directions(
+  checkpoint: pathlib.Path, encoded: np.ndarray
+):
+  found = GritLM.load(checkpoint, quantization='int8').encode(
+    TEXTS, max_length=1024
+  )
+  assert ((found * encoded).sum(axis=1) > INT8_COSINE).all()
+  assert not np.allclose(found, encoded, atol=TOLERANCE)
+
+
+def test_an_instruction_may_be_formatted_as_in_the_pytorch_package(
+  model: GritLM,
+):
+  found = model.encode_queries(
+    TEXTS, instruction=f'<|user|>\n{INSTRUCTION}\n<|embed|>\n'
+  )
+  expected = model.encode_queries(TEXTS, instruction=INSTRUCTION)
+  np.testing.assert_array_equal(found, expected)
+  assert np.abs(found - model.encode_queries(TEXTS)).max() > 0.01
+
+
+def test_titles_of_a_corpus_stand_before_their_texts(model: GritLM):
+  found = model.encode_corpus([{'title': 'A', 'text': 'b c'}, {'text': 'd'}])
+  np.testing.assert_allclose(
+    found, model.encode(['A b c', 'd']), atol=TOLERANCE
+  )
+  with pytest.raises(ValueError, match="no 'text'"):
+    model.encode_corpus({'title': 'A'})
+
+
+def test_empty_and_long_texts_are_counted_and_reported(
+  model: GritLM, caplog: pytest.LogCaptureFixture
+):
+  absl_logging.get_absl_logger().propagate = True
+  with caplog.at_level(logging.WARNING):
+    found = model.encode(['', 'x ' * 500, 'y'], max_length=64)
+  assert not found[0].any()
+  assert '1 of 3 texts are longer than max_length=64' in caplog.text
+  assert '1 of 3 texts are empty' in caplog.text
+  np.testing.assert_allclose(
+    found[1], model.encode('x ' * 400, max_length=64), atol=TOLERANCE
+  )
+  assert model.encode([]).shape == (0, MODEL.embed_dim)
+
+
+def test_what_cannot_be_encoded_is_refused_by_its_place(model: GritLM):
+  with pytest.raises(FormatError, match='leaves none of the 8'):
+    model.encode('text', instruction=INSTRUCTION, max_length=8)
+  with pytest.raises(TypeError, match=r'sentences\[1\]'):
+    model.encode(['text', None])
+  with pytest.raises(ValueError, match=r'sentences\[0\]'):
+    model.encode(['\ud800'])
+  with pytest.raises(ValueError, match='max_length=0'):
+    model.encode('text', max_length=0)
+
+
+def test_choices_that_are_not_there_are_refused(checkpoint: pathlib.Path):
+  for name in ('dtype', 'attention', 'pooling', 'quantization'):
+    with pytest.raises(ConfigError, match=f"{name}='int4'"):
+      GritLM.load(checkpoint, **{name: 'int4'})
+
+
+def test_bfloat16_weights_stay_near(
+  checkpoint: pathlib.Path, encoded: np.ndarray
+):
+  model = GritLM.load(checkpoint, dtype='bfloat16')
+  assert {x.dtype.name for x in jax.tree.leaves(model.model)} == {'bfloat16'}
+  found = model.encode(TEXTS, max_length=1024)
+  assert ((found * encoded).sum(axis=1) > INT8_COSINE).all()
