@@ -122,7 +122,9 @@ class Text:
   def _decode(self) -> None:
     if self.finish_reason == 'stop' and self.ids[-1] != self.tokenizer.eos:
       return
-    ids = [token for token in self.ids if token != self.tokenizer.eos]
+    # A model may have more ids than its tokenizer has pieces.
+    known = self.tokenizer.vocab_size
+    ids = [i for i in self.ids if i < known and i != self.tokenizer.eos]
     self.text = self.tokenizer.decode(ids)
     ends = [self.text.find(string) for string in self.settings.stop]
     if any(end >= 0 for end in ends):
