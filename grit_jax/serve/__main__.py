@@ -165,6 +165,24 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   return model
 
 
+def make_server(service: Service, stop_seconds: int) -> uvicorn.Server:
+  """Returns the server, with one protocol and loop whatever is installed."""
+  return uvicorn.Server(
+    uvicorn.Config(
+      service.app,
+      http='h11',
+      loop='asyncio',
+      ws='none',
+      lifespan='on',
+      log_config=None,
+      access_log=False,
+      server_header=False,
+      proxy_headers=False,
+      timeout_graceful_shutdown=stop_seconds,
+    )
+  )
+
+
 def serve(flags: argparse.Namespace) -> None:
   """Serves until a signal comes.
 
@@ -182,21 +200,7 @@ def serve(flags: argparse.Namespace) -> None:
     model = load(flags, limits)
     name = flags.name or epath.Path(flags.model).resolve().name
     service = Service(model, name, limits, flags.api_key)
-    # One protocol and one loop, whatever else is installed.
-    server = uvicorn.Server(
-      uvicorn.Config(
-        service.app,
-        http='h11',
-        loop='asyncio',
-        ws='none',
-        lifespan='on',
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=flags.stop_seconds,
-      )
-    )
+    server = make_server(service, flags.stop_seconds)
     host, port = taken.getsockname()[:2]
     host = f'[{host}]' if ':' in host else host
     logging.info('Serving %s at http://%s:%d/v1', name, host, port)

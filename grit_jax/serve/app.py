@@ -222,7 +222,7 @@ class Service:
         )
     except ValueError as error:
       raise RequestError(
-        400, str(error), 'messages', 'context_length_exceeded'
+        400, f'messages: {error}', 'messages', 'context_length_exceeded'
       ) from error
     # An answer ends at the model's last position.
     new = min(wanted.sampling.max_new_tokens, self._positions - prompt.length)
