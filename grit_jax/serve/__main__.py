@@ -165,9 +165,21 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   return model
 
 
-def make_server(service: Service, stop_seconds: int) -> uvicorn.Server:
+class Server(uvicorn.Server):
+  """A server that says when it listens."""
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """See the base class."""
+    await super().startup(sockets)
+    for taken in sockets or []:
+      host, port = taken.getsockname()[:2]
+      host = f'[{host}]' if ':' in host else host
+      logging.info('Serving at http://%s:%d/v1', host, port)
+
+
+def make_server(service: Service, stop_seconds: int) -> Server:
   """Returns the server, with one protocol and loop whatever is installed."""
-  return uvicorn.Server(
+  return Server(
     uvicorn.Config(
       service.app,
       http='h11',
@@ -199,12 +211,9 @@ def serve(flags: argparse.Namespace) -> None:
   with taken:
     model = load(flags, limits)
     name = flags.name or epath.Path(flags.model).resolve().name
+    logging.info('Its name for clients is %s.', name)
     service = Service(model, name, limits, flags.api_key)
-    server = make_server(service, flags.stop_seconds)
-    host, port = taken.getsockname()[:2]
-    host = f'[{host}]' if ':' in host else host
-    logging.info('Serving %s at http://%s:%d/v1', name, host, port)
-    server.run([taken])
+    make_server(service, flags.stop_seconds).run([taken])
 
 
 def main(flags: argparse.Namespace) -> None:
