@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -224,6 +225,9 @@ def main(flags: argparse.Namespace) -> None:
     serve(flags)
   except USER_ERRORS as error:
     sys.exit(f'grit_jax: error: {error}')
+  except KeyboardInterrupt:
+    # What was running has ended; uvicorn passes the signal on.
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

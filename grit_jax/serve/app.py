@@ -106,6 +106,8 @@ class Service:
     await run_in_threadpool(self._batcher.close)
 
   async def _show_health(self, request: Request) -> Response:
+    if not self._batcher.alive:
+      raise RequestError(503, 'The thread that runs the model has ended.')
     return responses.respond({'status': 'ok'})
 
   async def _list_models(self, request: Request) -> Response:

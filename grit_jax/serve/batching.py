@@ -9,10 +9,11 @@ chats both wait for it, each kind gets half of its time.
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -128,6 +129,11 @@ class Batcher:
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
 
+  @property
+  def alive(self) -> bool:
+    """Whether the thread runs."""
+    return self._thread.is_alive()
+
   def submit(self, job: EmbeddingJob | ChatJob) -> None:
     """Queues a job.
 
@@ -186,8 +192,11 @@ class Batcher:
           self._generate()
           lead = self._lead - (time.monotonic() - start)
         self._lead = min(max(lead, -LEAD_SECONDS), LEAD_SECONDS)
-    jobs = [job for _, members in self._running for job in members]
-    for job in [*jobs, *self._embeddings, *self._chats]:
+    with self._changed:
+      jobs = [*self._embeddings, *self._chats]
+    for job in itertools.chain(
+      jobs, *(members for _, members in self._running)
+    ):
       job.put(RequestError(503, 'The server is stopping.'))
 
   def _has_work(self) -> bool:
@@ -212,7 +221,7 @@ class Batcher:
         if job.begun < len(job.texts):
           break
         self._embeddings.remove(job)
-    try:
+    with self._fail([job for job, _ in members]):
       found = self._model.encode(
         texts,
         instruction,
@@ -220,15 +229,10 @@ class Batcher:
         batch_size=self._max_batch,
         show_progress_bar=False,
       )
-    except Exception as error:  # Of the device, say: the others go on.
-      logging.exception('Embedding failed')
-      for job, _ in members:
-        self._fail(job, error)
-      return
-    start = 0
-    for job, count in members:
-      job.add(found[start : start + count])
-      start += count
+      start = 0
+      for job, count in members:
+        job.add(found[start : start + count])
+        start += count
 
   def _generate(self) -> None:
     """Begins a batch if there is one to begin, and goes on with all."""
@@ -238,39 +242,29 @@ class Batcher:
         while self._chats and len(chats) < self._max_batch:
           chats.append(self._chats.popleft())
     if chats:
-      self._advance(None, chats)
-    for generation, jobs in list(self._running):
-      self._advance(generation, jobs)
-
-  def _advance(
-    self, generation: Generation | None, jobs: Sequence[ChatJob]
-  ) -> None:
-    """Begins a batch, or generates a burst; hands over what there is."""
-    try:
-      if generation is None:
+      with self._fail(chats):
+        prompts = [job.prompt for job in chats]
         generation = Generation(
-          self._model.model,
-          self._model.tokenizer,
-          [job.prompt for job in jobs],
+          self._model.model, self._model.tokenizer, prompts
         )
-        self._running.append((generation, jobs))
-      else:
-        for row, job in enumerate(jobs):
-          if job.over:
-            generation.drop(row)
-        live = [
-          row for row in range(len(jobs)) if not generation.has_ended(row)
-        ]
-        if live:
-          # A stream shows each token.
-          streams = any(jobs[row].stream for row in live)
-          generation.step(1 if streams else BURST)
-    except Exception as error:  # As in `_encode`.
-      logging.exception('Generation failed')
-      self._running = [r for r in self._running if r[1] is not jobs]
-      for job in jobs:
-        self._fail(job, error)
-      return
+        self._running.append((generation, chats))
+        self._hand_over(generation, chats)
+    for generation, jobs in list(self._running):
+      with self._fail(jobs):
+        self._step(generation, jobs)
+        self._hand_over(generation, jobs)
+
+  def _step(self, generation: Generation, jobs: Sequence[ChatJob]) -> None:
+    """Generates a burst for those that wait, a token if one of them streams."""
+    for row, job in enumerate(jobs):
+      if job.over:
+        generation.drop(row)
+    if not generation.done:
+      streams = any(job.stream and not job.over for job in jobs)
+      generation.step(1 if streams else BURST)
+
+  def _hand_over(self, generation: Generation, jobs: Sequence[ChatJob]) -> None:
+    """Gives each job what is new of its answer."""
     for row, job in enumerate(jobs):
       if job.over:
         continue
@@ -280,8 +274,19 @@ class Batcher:
         job.put(generation.complete(row))
         job.over = True
     if generation.done:
-      self._running = [r for r in self._running if r[1] is not jobs]
+      self._forget(jobs)
 
-  def _fail(self, job: EmbeddingJob | ChatJob, error: Exception) -> None:
-    job.put(RequestError(500, f'{type(error).__name__} on the server.'))
-    self.drop(job)
+  def _forget(self, jobs: Sequence[ChatJob]) -> None:
+    self._running = [r for r in self._running if r[1] is not jobs]
+
+  @contextlib.contextmanager
+  def _fail(self, jobs: Sequence[EmbeddingJob | ChatJob]) -> Iterator[None]:
+    """Has an error end these jobs, and no others."""
+    try:
+      yield
+    except Exception as error:  # Of the device, say: the thread goes on.
+      logging.exception('%d requests failed', len(jobs))
+      self._forget(jobs)
+      for job in jobs:
+        job.put(RequestError(500, f'{type(error).__name__} on the server.'))
+        self.drop(job)

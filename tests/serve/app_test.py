@@ -78,7 +78,9 @@ class Running:
     **headers: str,
   ) -> tuple[int, dict[str, str], Any]:
     """Sends a request; bytes go as they are, and what else there is as JSON."""
-    connection = http.client.HTTPConnection('127.0.0.1', self.port)
+    connection = http.client.HTTPConnection(
+      '127.0.0.1', self.port, timeout=PATIENCE
+    )
     with contextlib.closing(connection):
       if not (body is None or hasattr(body, '__next__')):
         body = body if isinstance(body, bytes) else json.dumps(body)
