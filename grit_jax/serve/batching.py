@@ -170,34 +170,42 @@ class Batcher:
     self._thread.join(CLOSE_SECONDS)
 
   def _run(self) -> None:
-    with jax.set_mesh(self._model.mesh):
-      while True:
-        with self._changed:
-          while not (self._has_work() or self._closed):
-            self._changed.wait()
-          if self._closed:
-            break
-          texts = bool(self._embeddings)
-          chats = bool(self._running or self._chats)
-        # Time that one kind did not want gives it no claim.
-        if not chats:
-          self._lead = min(self._lead, 0.0)
-        if not texts:
-          self._lead = max(self._lead, 0.0)
-        start = time.monotonic()
-        if texts and (not chats or self._lead <= 0):
-          self._encode()
-          lead = self._lead + time.monotonic() - start
-        else:
-          self._generate()
-          lead = self._lead - (time.monotonic() - start)
-        self._lead = min(max(lead, -LEAD_SECONDS), LEAD_SECONDS)
-    with self._changed:
-      jobs = [*self._embeddings, *self._chats]
-    for job in itertools.chain(
-      jobs, *(members for _, members in self._running)
-    ):
-      job.put(RequestError(503, 'The server is stopping.'))
+    try:
+      with jax.set_mesh(self._model.mesh):
+        self._work()
+    finally:
+      # Nobody waits for what does not come, should there be a mistake in here.
+      with self._changed:
+        self._closed = True
+        jobs = [*self._embeddings, *self._chats]
+      for _, members in self._running:
+        jobs += members
+      for job in jobs:
+        job.put(RequestError(503, 'The server is stopping.'))
+
+  def _work(self) -> None:
+    """Goes from burst to burst until the batcher is closed."""
+    while True:
+      with self._changed:
+        while not (self._has_work() or self._closed):
+          self._changed.wait()
+        if self._closed:
+          return
+        texts = bool(self._embeddings)
+        chats = bool(self._running or self._chats)
+      # Time that one kind did not want gives it no claim.
+      if not chats:
+        self._lead = min(self._lead, 0.0)
+      if not texts:
+        self._lead = max(self._lead, 0.0)
+      start = time.monotonic()
+      if texts and (not chats or self._lead <= 0):
+        self._encode()
+        lead = self._lead + time.monotonic() - start
+      else:
+        self._generate()
+        lead = self._lead - (time.monotonic() - start)
+      self._lead = min(max(lead, -LEAD_SECONDS), LEAD_SECONDS)
 
   def _has_work(self) -> bool:
     return bool(self._embeddings or self._chats or self._running)

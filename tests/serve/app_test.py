@@ -92,7 +92,10 @@ class Running:
 
   def client(self) -> openai.OpenAI:
     return openai.OpenAI(
-      base_url=f'http://127.0.0.1:{self.port}/v1', api_key=KEY, max_retries=0
+      base_url=f'http://127.0.0.1:{self.port}/v1',
+      api_key=KEY,
+      max_retries=0,
+      timeout=PATIENCE,
     )
 
 
