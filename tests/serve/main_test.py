@@ -1,0 +1,127 @@
+"""Tests of the command, in a process of its own."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip('starlette')
+pytest.importorskip('uvicorn')
+
+from grit_jax.checkpoint import CheckpointError  # noqa: E402
+from grit_jax.config import Config, ConfigError, MeshConfig  # noqa: E402
+from grit_jax.models import presets  # noqa: E402
+from grit_jax.serve.__main__ import (  # noqa: E402
+  parse_flags,
+  parse_mesh,
+  serve,
+)
+
+MODEL = dataclasses.replace(presets.tiny(), vocab_size=407, max_positions=256)
+# Seconds for a process that imports JAX and compiles, on a busy machine.
+PATIENCE = 300
+
+
+@pytest.fixture(scope='module')
+def workdir(
+  tmp_path_factory: pytest.TempPathFactory, write_run: Callable
+) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('serve') / 'a_model'
+  write_run(path, Config(model=MODEL))
+  return path
+
+
+def start(*flags: str) -> subprocess.Popen:
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  }  # fmt: skip
+  return subprocess.Popen(
+    [sys.executable, '-m', 'grit_jax.serve', *flags],
+    env=environment, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+def read_address(lines: Iterator[str]) -> str:
+  """Returns the address that the log has, once the server listens."""
+  for line in lines:
+    if found := re.search(r'Serving at (\S+)/v1', line):
+      return found[1]
+  raise AssertionError('the server has ended')
+
+
+def test_it_serves_until_a_signal_and_ends_what_runs(workdir: pathlib.Path):
+  process = start(f'--model={workdir}', '--port=0', '--api_key=secret')
+  try:
+    address = read_address(process.stderr)
+    body = {
+      'model': 'a_model', 'messages': [{'role': 'user', 'content': 'Why?'}],
+      'stream': True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+      f'{address}/v1/chat/completions',
+      json.dumps(body).encode(),
+      {'Authorization': 'Bearer secret'},
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
+      assert b'assistant' in stream.readline()
+      process.send_signal(signal.SIGTERM)
+      assert stream.read().endswith(b'data: [DONE]\n\n')
+    log = process.stderr.read()
+    # As of a process that a signal has ended.
+    assert process.wait(PATIENCE) == -signal.SIGTERM
+  finally:
+    process.kill()
+    process.stderr.close()
+  assert log.count('POST /v1/chat/completions: 200') == 1
+  assert 'Traceback' not in log
+  with pytest.raises(urllib.error.URLError):
+    urllib.request.urlopen(f'{address}/health')
+
+
+@pytest.mark.parametrize(
+  'flag, reason',
+  [
+    ('--max_batch=0', "'0' is not a number of 1 or more"),
+    ('--max_queue=x', "'x' is not a number of 1 or more"),
+    ('--mesh=rows=2', 'rows'),
+    ('--dtype=float16', "'float32', 'bfloat16'"),
+    ('--quantization=int4', 'int8'),
+  ],
+)
+def test_a_flag_that_cannot_be_is_refused(
+  capsys: pytest.CaptureFixture, flag: str, reason: str
+):
+  with pytest.raises(SystemExit):
+    parse_flags(['serve', '--model=m', flag])
+  assert reason in capsys.readouterr().err
+
+
+def test_an_address_is_taken_before_the_model_loads():
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    flags = ['serve', '--model=no_model', f'--port={port}']
+    with pytest.raises(ConfigError, match=f'--port={port}: .*in use'):
+      serve(parse_flags(flags))
+  # With the address free it comes to the model, and leaves the address free.
+  for _ in range(2):
+    with pytest.raises(CheckpointError, match='no_model'):
+      serve(parse_flags(flags))
+
+
+def test_a_mesh_is_named_by_its_axes():
+  assert parse_mesh('tensor=4') == MeshConfig(fsdp=1, tensor=4)
+  assert parse_mesh('fsdp=-1,tensor=2') == MeshConfig(fsdp=-1, tensor=2)
+  for text in ('4', 'tensor', 'tensor=a', 'tensor=0', 'heads=2', ''):
+    with pytest.raises(argparse.ArgumentTypeError):
+      parse_mesh(text)
