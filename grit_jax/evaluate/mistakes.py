@@ -1,0 +1,9 @@
+"""What is wrong with what is asked to be evaluated."""
+
+
+class UnknownTaskError(ValueError):
+  """A task that the runner does not have; the message says what it has."""
+
+
+class UnsafeTaskError(ValueError):
+  """A task that runs the model's code, which was not allowed."""
