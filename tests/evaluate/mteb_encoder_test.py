@@ -1,6 +1,5 @@
 """MTEB's runner gives our embeddings the scores that it gives PyTorch's."""
 
-import argparse
 import json
 import pathlib
 
@@ -289,10 +288,3 @@ def test_command_prints_scores_and_names_mistakes(
   monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
   with pytest.raises(SystemExit, match='where there is no network'):
     run('BIOSSES')
-
-
-def test_a_mesh_is_read_from_its_text():
-  mesh = command.parse_mesh('fsdp=4,tensor=2')
-  assert (mesh.fsdp, mesh.tensor) == (4, 2)
-  with pytest.raises(argparse.ArgumentTypeError, match="'rows=2' is not an"):
-    command.parse_mesh('rows=2')
