@@ -202,7 +202,7 @@ def _missing(error: ModuleNotFoundError, extra: str) -> str:
 
 def main(flags: argparse.Namespace) -> None:
   """Evaluates as the flags say; a mistake of the user's ends in one message."""
-  quiet_libraries(logging.WARNING)
+  quiet_libraries()
   logging.set_verbosity(logging.INFO)
   try:
     (evaluate_mteb if flags.command == 'mteb' else evaluate_lm)(flags)

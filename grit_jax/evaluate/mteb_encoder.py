@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import mteb
 import numpy as np
+from absl import logging
 from mteb.abstasks import AbsTask
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -149,5 +150,7 @@ def evaluate(
       co2_tracker=False,
       show_progress_bar=False,
     ).task_results
-    scores[task.metadata.name] = task.metadata.type, float(result.get_score())
+    name, score = task.metadata.name, float(result.get_score())
+    logging.info('%s: %.4f', name, score)
+    scores[name] = task.metadata.type, score
   return scores
