@@ -12,8 +12,13 @@ from absl.flags import argparse_flags
 from grit_jax.checkpoint import CheckpointError
 from grit_jax.config import ConfigError, MeshConfig
 from grit_jax.convert import ConvertError
+from grit_jax.data.formats import FormatError
 from grit_jax.data.tokenizer import TokenizerError
-from grit_jax.evaluate.mistakes import UnknownTaskError, UnsafeTaskError
+from grit_jax.evaluate.mistakes import (
+  UnfitTaskError,
+  UnknownTaskError,
+  UnsafeTaskError,
+)
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.logs import quiet_libraries
 from grit_jax.sharding import MeshError
@@ -22,8 +27,10 @@ USER_ERRORS = (
   CheckpointError,
   ConfigError,
   ConvertError,
+  FormatError,
   MeshError,
   TokenizerError,
+  UnfitTaskError,
   UnknownTaskError,
   UnsafeTaskError,
 )

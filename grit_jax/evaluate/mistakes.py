@@ -7,3 +7,7 @@ class UnknownTaskError(ValueError):
 
 class UnsafeTaskError(ValueError):
   """A task that runs the model's code, which was not allowed."""
+
+
+class UnfitTaskError(ValueError):
+  """A task that does not fit the model, or what is asked of it."""

@@ -20,6 +20,7 @@ from grit_jax.evaluate.lm_eval_model import (  # noqa: E402
   make_sampling,
 )
 from grit_jax.evaluate.mistakes import (  # noqa: E402
+  UnfitTaskError,
   UnknownTaskError,
   UnsafeTaskError,
 )
@@ -290,17 +291,19 @@ def test_generation_arguments_are_read_or_refused():
   assert (sampling.max_new_tokens, sampling.seed) == (7, 3)
   greedy = make_sampling({'do_sample': False, 'max_new_tokens': 4}, 7, 3)
   assert (greedy.temperature, greedy.max_new_tokens) == (0.0, 4)
-  with pytest.raises(ValueError, match=r"\['num_beams'\], which there is not"):
+  with pytest.raises(
+    UnfitTaskError, match=r"\['num_beams'\], which there is not"
+  ):
     make_sampling({'num_beams': 3}, 7, 3)
 
 
 def test_what_is_too_long_is_refused(ours, random_run):
   long = {'max_gen_toks': 512, 'until': []}
-  with pytest.raises(ValueError, match='max_gen_toks=512 leaves no room'):
+  with pytest.raises(UnfitTaskError, match='max_gen_toks=512 leaves no room'):
     ask(ours, 'generate_until', ('a', long))
-  with pytest.raises(ValueError, match='tokens, not 1 to max_length=512'):
+  with pytest.raises(UnfitTaskError, match='tokens, not 1 to max_length=512'):
     ask(ours, 'loglikelihood', ('a', 'b ' * 600))
-  with pytest.raises(ValueError, match='more than the 512 positions'):
+  with pytest.raises(UnfitTaskError, match='more than the 512 positions'):
     LanguageModel(ours.model, max_length=513)
 
 
