@@ -52,6 +52,7 @@ EXTRAS = {
     *SERVE,
     'openai>=3.57',
     'gritlm==1.0.2; python_version < "3.12"',
+    'lm-eval>=0.4.13; python_version < "3.12"',
     'mistral-common>=1.8; python_version < "3.12"',
     'mteb>=2.26; python_version < "3.12"',
     'peft>=0.21.2; python_version < "3.12"',
@@ -61,6 +62,9 @@ EXTRAS = {
   ],
   'aot': [LIBTPU],
   'serve': SERVE,
+  # The runners of `python -m grit_jax.evaluate`; mteb brings PyTorch.
+  'lm': ['lm-eval>=0.4.13'],
+  'mteb': ['mteb>=2.26'],
   # `gcsfs` reads and writes gs://.
   'tpu': ['jax[tpu]', 'gcsfs>=2025.3'],
   'cuda': ['jax[cuda13]'],

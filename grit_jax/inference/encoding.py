@@ -189,9 +189,9 @@ class Encoder:
       if not len(group):
         continue
       if lengths[group].sum() <= LEAST_ROW:
-        length = _round_up(int(lengths[group].sum()), LEAST_SINGLE_ROW)
+        length = round_up(int(lengths[group].sum()), LEAST_SINGLE_ROW)
       else:
-        length = _round_up(int(lengths[group].max()), LEAST_ROW)
+        length = round_up(int(lengths[group].max()), LEAST_ROW)
       segments = length // TOKENS_A_TEXT
       packing = pack(lengths[group], length, segments)
       call = self._rows_a_call(length, request)
@@ -204,7 +204,7 @@ class Encoder:
           packing.rows[members] - start,
           packing.segments[members],
           packing.offsets[members],
-          min(call, shards * _round_up(-(-rows // shards), 1)),
+          min(call, shards * round_up(-(-rows // shards), 1)),
         )
         members = group[members]
         batch = _fill(part, [texts[i] for i in members], length, shards)
@@ -226,7 +226,7 @@ def cache_bytes(config: Config) -> int:
   return numbers * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
 
 
-def _round_up(count: int, least: int) -> int:
+def round_up(count: int, least: int) -> int:
   """Returns the power of two times `least` that `count` fits: few shapes."""
   size = least
   while size < count:

@@ -25,6 +25,12 @@ from grit_jax.inference.cache import KVCache
 from grit_jax.inference.encoding import Encoder, Request
 from grit_jax.inference.generation import Completion, Prompt, generate
 from grit_jax.inference.sampling import Sampling
+from grit_jax.inference.scoring import (
+  Candidate,
+  Score,
+  Scorer,
+  encode_candidate,
+)
 from grit_jax.initial import load_unstacked, open_initial
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.quantization import KINDS
@@ -36,6 +42,8 @@ PromptText = str | Sequence[Message]
 
 # Texts from which on a bar shows the progress, unless it is asked for.
 LONG_WORK = 256
+# Tokens that `score` computes at one time.
+CALL_TOKENS = 2**14
 
 
 class GritLM:
@@ -67,6 +75,7 @@ class GritLM:
     self.config, self.model, self.tokenizer = config, model, tokenizer
     self.mesh = mesh
     self._encoder = Encoder(config, model, tokenizer)
+    self._scorer = Scorer(config, model)
     self._lock = threading.Lock()
 
   @classmethod
@@ -289,16 +298,9 @@ class GritLM:
         to be generated is longer than the model's positions.
     """
     settings.validate()
-    if isinstance(prompt, str):
-      _check_text(prompt, 'the prompt')
-      bos = self.tokenizer.bos_piece
-      if cache is None and not prompt.startswith(bos):
-        prompt = bos + prompt
-      parts = [prompt]
-    else:
-      parts = self._format_messages(prompt)
-      if cache is not None:
-        raise ValueError('A cache is gone on from with a string, not messages.')
+    if cache is not None and not isinstance(prompt, str):
+      raise ValueError('A cache is gone on from with a string, not messages.')
+    parts = self._prompt_parts(prompt, bos=cache is None)
     ids, part = self.tokenizer.encode_parts(parts)
     if not len(ids):
       raise ValueError('The prompt has no tokens.')
@@ -354,6 +356,108 @@ class GritLM:
           found[i] = text
         bar.update(len(members))
     return found
+
+  def score(
+    self,
+    prompts: PromptText | Sequence[PromptText],
+    continuations: str | Sequence[str],
+    *,
+    call_tokens: int = CALL_TOKENS,
+  ) -> Score | list[Score]:
+    """Says how likely continuations are.
+
+    Among candidates it chooses the best, for instance the query that a document
+    is likeliest to be for.
+
+    Args:
+      prompts: One or several, as `generate` takes them.
+      continuations: One or several, taken as they are; a blank or the end of
+        text that belongs to them must be there. As many as the prompts, or one
+        of either for all of the others.
+      call_tokens: Tokens that are computed at one time; a row at least.
+
+    Returns:
+      The score, or a list of them if prompts or continuations are several.
+
+    Raises:
+      ValueError: A continuation adds no token, or is with its prompt longer
+        than the model's positions; or a conversation is not one.
+    """
+    one_prompt = isinstance(prompts, str) or _is_conversation(prompts)
+    one = isinstance(continuations, str)
+    all_prompts = [prompts] if one_prompt else list(prompts)
+    texts = [continuations] if one else list(continuations)
+    if one_prompt:
+      all_prompts *= len(texts)
+    if one:
+      texts *= len(all_prompts)
+    if len(all_prompts) != len(texts):
+      raise ValueError(
+        f'There are {len(all_prompts)} prompts and {len(texts)} continuations.'
+      )
+    candidates = [
+      self._encode_candidate(prompt, text)
+      for prompt, text in zip(all_prompts, texts, strict=True)
+    ]
+    found = self.score_tokens(candidates, call_tokens=call_tokens)
+    return found[0] if one_prompt and one else found
+
+  def score_tokens(
+    self,
+    candidates: Sequence[Candidate],
+    callback: Callable[[int, Score], None] | None = None,
+    *,
+    call_tokens: int = CALL_TOKENS,
+  ) -> list[Score]:
+    """Scores tokenized continuations; see `score`.
+
+    Args:
+      candidates: The continuations with their prompts.
+      callback: Called with a candidate's number and its score as soon as that
+        is there.
+      call_tokens: Tokens that are computed at one time; a row at least.
+
+    Returns:
+      The scores, in order.
+    """
+    found: list[Score | None] = [None] * len(candidates)
+    with (
+      self._lock,
+      jax.set_mesh(self.mesh),
+      tqdm(
+        total=len(candidates),
+        desc='Scoring',
+        unit='text',
+        disable=len(candidates) < LONG_WORK,
+      ) as bar,
+    ):
+      for number, score in self._scorer.score(candidates, call_tokens):
+        found[number] = score
+        if callback is not None:
+          callback(number, score)
+        bar.update()
+    return found
+
+  def _encode_candidate(self, prompt: PromptText, text: str) -> Candidate:
+    _check_text(text, 'a continuation')
+    candidate = encode_candidate(
+      self.tokenizer, self._prompt_parts(prompt), text
+    )
+    positions = self.config.model.max_positions
+    if len(candidate.ids) - 1 > positions:
+      raise ValueError(
+        f'The prompt has {len(candidate.ids)} tokens with its continuation, '
+        f'more than the {positions} positions of the model.'
+      )
+    return candidate
+
+  def _prompt_parts(self, prompt: PromptText, bos: bool = True) -> list[str]:
+    """Returns a prompt in parts, in turn instruction and answer."""
+    if not isinstance(prompt, str):
+      return self._format_messages(prompt)
+    _check_text(prompt, 'the prompt')
+    piece = self.tokenizer.bos_piece
+    return [piece + prompt if bos and not prompt.startswith(piece) else prompt]
 
   def _format_instruction(self, instruction: str, bos: bool) -> str:
     _check_text(instruction, 'the instruction')

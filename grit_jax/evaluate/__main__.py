@@ -1,0 +1,231 @@
+"""Evaluates models: `python -m grit_jax.evaluate mteb|lm --help`."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from grit_jax.checkpoint import CheckpointError
+from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.convert import ConvertError
+from grit_jax.data.formats import FormatError
+from grit_jax.data.tokenizer import TokenizerError
+from grit_jax.evaluate.mistakes import (
+  UnfitTaskError,
+  UnknownTaskError,
+  UnsafeTaskError,
+)
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.logs import quiet_libraries
+from grit_jax.sharding import MeshError
+
+USER_ERRORS = (
+  CheckpointError,
+  ConfigError,
+  ConvertError,
+  FormatError,
+  MeshError,
+  TokenizerError,
+  UnfitTaskError,
+  UnknownTaskError,
+  UnsafeTaskError,
+)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """Returns the mesh that a text such as `fsdp=4,tensor=2` names."""
+  names = {field.name for field in dataclasses.fields(MeshConfig)}
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    if name not in names or not size.lstrip('-').isdigit():
+      raise argparse.ArgumentTypeError(
+        f'{part!r} is not an axis with its devices, such as tensor=2; the axes '
+        f'are {", ".join(sorted(names))}'
+      )
+    sizes[name] = int(size)
+  return MeshConfig(**sizes)
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+  """Returns the command and its flags."""
+  parser = argparse_flags.ArgumentParser(
+    prog='python -m grit_jax.evaluate',
+    description='Evaluates models with the runners of the field.',
+  )
+  common = argparse.ArgumentParser(add_help=False)
+  common.add_argument(
+    '--model',
+    required=True,
+    help='a workdir, checkpoint or Hugging Face folder',
+  )
+  common.add_argument(
+    '--output', default='evaluation', help='for results (default: %(default)s)'
+  )
+  common.add_argument(
+    '--dtype', default='', help="float32 or bfloat16 (default: the model's)"
+  )
+  common.add_argument(
+    '--quantization', default='', help='int8 or nf4 (default: none)'
+  )
+  common.add_argument(
+    '--mesh',
+    type=parse_mesh,
+    help='over all devices, such as fsdp=4,tensor=2 (default: one device)',
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  _add_mteb(commands.add_parser('mteb', parents=[common], help='embeddings'))
+  _add_lm(commands.add_parser('lm', parents=[common], help='generation'))
+  return parser.parse_args(argv[1:])
+
+
+def _add_mteb(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--tasks',
+    required=True,
+    help="names of mteb's tasks and benchmarks, as 'MTEB(eng, v1)', which is "
+    "the paper's; with commas between them",
+  )
+  command.add_argument(
+    '--languages',
+    default='',
+    help='of tasks with several, as eng,deu (default: all)',
+  )
+  command.add_argument(
+    '--max_length', type=int, default=512, help='tokens kept of a text'
+  )
+  command.add_argument(
+    '--batch_size', type=int, default=32, help='texts of that length at a time'
+  )
+
+
+def _add_lm(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--tasks',
+    required=True,
+    help='mmlu, gsm8k, bbh, tydiqa and humaneval, as the paper has them, and '
+    "lm-eval's own names; with commas between them",
+  )
+  command.add_argument(
+    '--max_length',
+    type=int,
+    default=0,
+    help="tokens of a context with its answer (default: the model's positions)",
+  )
+  command.add_argument(
+    '--batch_size', type=int, default=16, help='texts generated at a time'
+  )
+  command.add_argument(
+    '--limit', type=int, default=0, help='documents of a task (default: all)'
+  )
+  command.add_argument(
+    '--task_folder', help="for tasks of your own, lm-eval's YAML files"
+  )
+  command.add_argument(
+    '--run_unsafe_code',
+    action='store_true',
+    help='let tasks run the code that the model writes',
+  )
+
+
+def evaluate_mteb(flags: argparse.Namespace) -> None:
+  """Runs mteb's tasks and prints their scores."""
+  try:
+    from grit_jax.evaluate import mteb_encoder
+  except ModuleNotFoundError as error:
+    sys.exit(_missing(error, 'mteb'))
+  languages = flags.languages.split(',') if flags.languages else None
+  tasks = mteb_encoder.find_tasks(flags.tasks, languages)
+  encoder = mteb_encoder.Encoder(
+    _load(flags), _name(flags.model), flags.max_length
+  )
+  scores = mteb_encoder.evaluate(
+    encoder, tasks, pathlib.Path(flags.output), flags.batch_size
+  )
+  kinds: dict[str, list[float]] = {}
+  for name, (kind, score) in sorted(
+    scores.items(), key=lambda item: (item[1][0], item[0])
+  ):
+    print(f'{kind:24}{name:48}{100 * score:8.2f}')
+    kinds.setdefault(kind, []).append(score)
+  for kind, values in kinds.items():
+    print(f'{kind:24}{"mean":48}{100 * sum(values) / len(values):8.2f}')
+  mean = sum(score for _, score in scores.values()) / len(scores)
+  print(f'{"all":24}{"mean":48}{100 * mean:8.2f}')
+
+
+def evaluate_lm(flags: argparse.Namespace) -> None:
+  """Runs lm-eval's tasks and prints their scores."""
+  try:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from grit_jax.evaluate import generative_tasks
+    from grit_jax.evaluate.fingerprint import fingerprint
+    from grit_jax.evaluate.lm_eval_model import LanguageModel
+  except ModuleNotFoundError as error:
+    sys.exit(_missing(error, 'lm'))
+  names = flags.tasks.split(',')
+  manager = TaskManager(include_path=flags.task_folder)
+  generative_tasks.check_names(manager, names, flags.run_unsafe_code)
+  model = LanguageModel(_load(flags), flags.max_length, flags.batch_size)
+  folder = pathlib.Path(flags.output) / 'lm' / _name(flags.model)
+  found: Mapping[str, Mapping] = generative_tasks.evaluate(
+    model,
+    names,
+    folder / fingerprint(model.model, max_length=model.max_length),
+    manager=manager,
+    limit=flags.limit,
+    run_unsafe_code=flags.run_unsafe_code,
+  )
+  for results in found.values():
+    print(make_table(results))
+
+
+def _load(flags: argparse.Namespace) -> GritLM:
+  return GritLM.load(
+    flags.model,
+    mesh=flags.mesh,
+    dtype=flags.dtype,
+    quantization=flags.quantization,
+  )
+
+
+def _name(path: str) -> str:
+  """Returns what results call a model: the last part of its path."""
+  return path.rstrip('/').rpartition('/')[2]
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> str:
+  return (
+    f'grit_jax: error: {error.name} is not installed; it comes with '
+    f"`pip install 'grit_jax[{extra}]'`."
+  )
+
+
+def main(flags: argparse.Namespace) -> None:
+  """Evaluates as the flags say; a mistake of the user's ends in one message."""
+  quiet_libraries()
+  logging.set_verbosity(logging.INFO)
+  try:
+    (evaluate_mteb if flags.command == 'mteb' else evaluate_lm)(flags)
+  except USER_ERRORS as error:
+    sys.exit(f'grit_jax: error: {error}')
+  except ConnectionError as error:
+    sys.exit(
+      f'grit_jax: error: {error}. The data of a task is downloaded at first '
+      'use; where there is no network, copy the cache of a machine that has '
+      'one, the folder that HF_HOME names.'
+    )
+  except KeyboardInterrupt:
+    sys.exit(
+      'grit_jax: stopped; the same command goes on with what is not done.'
+    )
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

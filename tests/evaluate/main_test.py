@@ -1,0 +1,35 @@
+"""The evaluation command names what is wrong with what it is asked."""
+
+import argparse
+import sys
+
+import pytest
+
+import grit_jax.evaluate
+from grit_jax.evaluate import __main__ as command
+
+
+@pytest.mark.parametrize(
+  'name, package, module',
+  [('mteb', 'mteb', 'mteb_encoder'), ('lm', 'lm_eval', 'generative_tasks')],
+)
+def test_a_missing_runner_is_named_with_its_extra(
+  monkeypatch, name, package, module
+):
+  monkeypatch.setitem(sys.modules, package, None)
+  monkeypatch.delitem(sys.modules, f'grit_jax.evaluate.{module}', raising=False)
+  monkeypatch.delattr(grit_jax.evaluate, module, raising=False)
+  flags = command.parse_flags(['evaluate', name, '--model=a', '--tasks=b'])
+  with pytest.raises(
+    SystemExit,
+    match=rf"{package}\S* is not installed.*'grit_jax\[{name}\]'",
+  ):
+    command.main(flags)
+
+
+def test_a_mesh_is_read_from_its_text():
+  mesh = command.parse_mesh('fsdp=4,tensor=2')
+  assert (mesh.fsdp, mesh.tensor) == (4, 2)
+  for text in 'rows=2', 'fsdp', 'fsdp=a':
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not an"):
+      command.parse_mesh(text)
