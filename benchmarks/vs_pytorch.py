@@ -54,6 +54,8 @@ RACE = pathlib.Path(__file__).parent / 'race'
 WORKLOADS = ('mix', 'equal')
 # Shapes that a run's steps are padded to.
 ROW_BUCKETS = 8
+# Steps of a turn of `equal`, whose batches are all of one size.
+EQUAL_STEPS = 4
 # Both sides compute in float32 (in bfloat16 on a GPU), in another order, and
 # the temperature of 0.02 multiplies what that does to a similarity by 50.
 LOSS_TOLERANCE = {'float32': 1e-3, 'bfloat16': 5e-2}
@@ -101,9 +103,9 @@ PRESETS = {
   'small': Preset(
     model=presets.small(),
     pieces=4096,
-    pairs=64,
-    conversations=8,
-    max_tokens=512,
+    pairs=32,
+    conversations=4,
+    max_tokens=2048,
     equal_tokens=256,
   ),
   'gpu': Preset(
@@ -131,11 +133,14 @@ _MAX_TOKENS = flags.DEFINE_integer(
 )
 _LAYERS = flags.DEFINE_integer('layers', 0, 'Layers; 0: as the preset.')
 _STEPS = flags.DEFINE_integer(
-  'steps', corpus.EPOCH, 'Steps of a turn, the first of an epoch.'
+  'steps', corpus.EPOCH, 'Steps of a turn of `mix`, the first of an epoch.'
 )
 _TURNS = flags.DEFINE_integer('turns', 3, 'Turns that are timed.')
 _WORKLOADS = flags.DEFINE_multi_enum(
   'workload', list(WORKLOADS), WORKLOADS, 'Once for each workload.'
+)
+_COMPILED = flags.DEFINE_bool(
+  'compiled', True, 'Whether PyTorch races under torch.compile too.'
 )
 _FOLDER = flags.DEFINE_string(
   'folder', '', 'Where data and weights are kept; empty: nowhere.'
@@ -186,7 +191,7 @@ def make_config(preset: Preset, workload: str, folder: pathlib.Path) -> Config:
     optimizer=OptimizerConfig(schedule='constant', warmup_fraction=0.0),
     memory=preset.memory,
     evaluation=EvaluationConfig(enabled=False, held_out_fraction=0.0),
-    steps=_STEPS.value,
+    steps=_STEPS.value if workload == 'mix' else EQUAL_STEPS,
   )
   config.validate()
   return config
@@ -206,7 +211,9 @@ class Sides:
       ),
     }  # fmt: skip
     self.names = list(self._arguments)
-    if shutil.which('g++') is None:
+    if not _COMPILED.value:
+      self.names.remove('pytorch compiled')
+    elif shutil.which('g++') is None:
       print('There is no C++ compiler, g++: torch.compile is left out.')
       self.names.remove('pytorch compiled')
     self._alone = preset.alone
@@ -348,6 +355,7 @@ def race(preset: Preset, workload: str, folder: pathlib.Path) -> dict:
     for rate in row.values()
   )
   return {
+    'steps': config.steps,
     'useful_tokens': tokens,
     'useful_flops': count_useful_flops(model, texts),
     'product_shapes': shapes,
@@ -369,12 +377,15 @@ def summarise(figures: dict) -> dict[str, dict[str, float]]:
     ours = [turn['seconds'] for turn in figures['turns']['grit_jax']]
     ratios = [b / a for a, b in zip(ours, seconds, strict=True)]
     middle = statistics.median(seconds)
+    cores = statistics.median(turn['core_seconds'] for turn in turns)
     found[name] = {
       'tokens_per_second': figures['useful_tokens'] / middle,
       # Turn by turn, so that what else the machine does weighs on both.
       'speedup_of_grit_jax': statistics.median(ratios),
       'speedup_least': min(ratios),
       'speedup_most': max(ratios),
+      # Of one core; threads that wait for others count too.
+      'tokens_per_core_second': figures['useful_tokens'] / cores,
       'computed_of_useful': turns[0]['computed'] / figures['useful_tokens'],
       'peak_mib': max(turn['peak_mib'] for turn in turns),
       'libraries_mib': turns[0]['libraries_mib'],
@@ -393,7 +404,7 @@ def print_table(workload: str, figures: dict) -> None:
   print(f'\n{workload}: {figures["useful_tokens"]:,} tokens of texts a turn')
   print(
     f'{"":18}{"tokens/s":>10}{"grit_jax is":>13}{"(range)":>14}'
-    f'{"computed/useful":>17}{"peak MiB":>10}{"libraries":>11}'
+    f'{"a core":>9}{"computed/useful":>17}{"peak MiB":>10}{"libraries":>11}'
     f'{"of ceiling":>12}'
   )
   for name, row in figures['summary'].items():
@@ -401,6 +412,7 @@ def print_table(workload: str, figures: dict) -> None:
     print(
       f'{name:18}{row["tokens_per_second"]:10,.0f}'
       f'{row["speedup_of_grit_jax"]:12.2f}x{extent:>14}'
+      f'{row["tokens_per_core_second"]:9,.0f}'
       f'{row["computed_of_useful"]:17.2f}{row["peak_mib"]:10,.0f}'
       f'{row["libraries_mib"]:11,.0f}{row["utilisation"]:12.1%}'
     )
@@ -440,7 +452,6 @@ def main(argv: list[str]) -> None:
   if _OUTPUT.value:
     content = {
       'preset': dataclasses.asdict(preset),
-      'steps': _STEPS.value,
       'cores': len(os.sched_getaffinity(0)),
       'versions': {name: version(name) for name in ('jax', 'torch')},
       'workloads': workloads,

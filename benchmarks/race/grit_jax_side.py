@@ -162,7 +162,7 @@ class Race:
     forget_peak()
     tokens = computed = 0
     losses, pending = [], None
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), time.process_time()
     with jax.set_mesh(self.mesh):
       for host in self.pipeline.iterate():
         batch = place_batch(self.mesh, host.batch)
@@ -179,6 +179,7 @@ class Race:
       losses.append(_read_losses(pending))
     return {
       'seconds': time.perf_counter() - start,
+      'core_seconds': time.process_time() - cores,
       'tokens': tokens,
       'computed': computed,
       'losses': losses,

@@ -177,7 +177,7 @@ class Race:
     """
     forget_peak()
     losses = []
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), time.process_time()
     for step in range(self.texts.steps):
       losses.append(self.backward(step))
       if not backward_only:
@@ -187,9 +187,11 @@ class Race:
         self.optimizer.step()
       self.optimizer.zero_grad()
     losses = [[float(loss) for loss in step] for step in losses]
-    seconds, peak = time.perf_counter() - start, self._peak_mib()
+    seconds = time.perf_counter() - start
+    cores, peak = time.process_time() - cores, self._peak_mib()
     return {
       'seconds': seconds,
+      'core_seconds': cores,
       'tokens': sum(map(self.texts.useful_tokens, range(self.texts.steps))),
       'computed': sum(map(self.computed_tokens, range(self.texts.steps))),
       'losses': losses,
