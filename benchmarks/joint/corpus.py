@@ -16,6 +16,7 @@ import pathlib
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -58,7 +59,9 @@ def package_of(function: Function) -> str:
   return function.module.partition('.')[0]
 
 
-def read_packages(per_package: dict[str, int], packages: int) -> dict:
+def read_packages(
+  per_package: dict[str, int], packages: int
+) -> tuple[dict[str, Packages], int]:
   """Reads functions of the installed code.
 
   Args:
@@ -66,31 +69,31 @@ def read_packages(per_package: dict[str, int], packages: int) -> dict:
     packages: so many at most, in the order of a hash; 0: all.
 
   Returns:
-    For each split, the functions of each package. They are of modules chosen by
-    a hash, and no docstring or source is there twice.
+    For each split, the functions of each package; and the files that could not
+    be read. The functions are of modules chosen by a hash, and no docstring or
+    source is there twice.
   """
   found = sorted(installed_files().items(), key=lambda one: crc32(one[0]))
   functions: list[Function] = []
+  unreadable = 0
   for package, files in found[: packages or None]:
     split = SPLITS[standard_library.in_test(package)]
     of_package: list[Function] = []
     for module, path in sorted(files, key=lambda one: crc32(one[0])):
       if len(of_package) >= per_package[split]:
         break
-      of_package += _read(module, path)
+      try:
+        with tokenize.open(path) as file:
+          text = file.read()
+        of_package += standard_library.parse_functions(module, text)
+      # Python 2, a template, or a table that is nested too deeply.
+      except (SyntaxError, ValueError, RecursionError):
+        unreadable += 1
     functions += of_package[: per_package[split]]
   splits = standard_library.split_functions(
     functions, lambda one: standard_library.in_test(package_of(one))
   )
-  return {split: group(ones) for split, ones in splits.items()}
-
-
-def _read(module: str, path: pathlib.Path) -> list[Function]:
-  try:
-    with tokenize.open(path) as file:
-      return list(standard_library.parse_functions(module, file.read()))
-  except (SyntaxError, ValueError, RecursionError):
-    return []  # Python 2, a template, or a generated table.
+  return {split: group(ones) for split, ones in splits.items()}, unreadable
 
 
 def group(functions: Iterable[Function]) -> Packages:
@@ -119,8 +122,7 @@ def make_records(packages: Packages) -> dict[str, list[dict]]:
       sets.setdefault(data_set_of(one), []).append(one)
     for name, ones in sets.items():
       if len(ones) >= MINIMUM_FUNCTIONS:
-        find = summaries if name == 'summaries' else None
-        make = find or standard_library.embedding_records
+        make = MAKERS.get(name, standard_library.embedding_records)
         made[name] += make(ones)
     if len(functions) >= MINIMUM_FUNCTIONS:
       made['conversations'] += standard_library.generative_records(functions)
@@ -135,6 +137,10 @@ def summaries(functions: Sequence[Function]) -> Iterator[dict]:
       'pos': [['', one.docstring]],
       'neg': [['', other.docstring] for other in neighbours],
     }
+
+
+# Of pairs in another direction.
+MAKERS = {'summaries': summaries}
 
 
 class CodeCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -178,7 +184,7 @@ class CodeCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def write_corpus(
   folder: pathlib.Path, per_package: dict[str, int], packages: int
-) -> dict[str, dict[str, int]]:
+) -> dict[str, Any]:
   """Writes the data sets into a TFDS folder, as `code_NAME`.
 
   Args:
@@ -187,15 +193,17 @@ def write_corpus(
     packages: as `read_packages`.
 
   Returns:
-    For each split, the packages and the records of each data set.
+    For each split, the packages and the records of each data set; and the
+    `unreadable_files`.
   """
-  splits = read_packages(per_package, packages)
+  splits, unreadable = read_packages(per_package, packages)
   made = {split: make_records(found) for split, found in splits.items()}
   for name in made['train']:
     records = {split: made[split][name] for split in SPLITS}
     CodeCorpus(f'code_{name}', records, folder).download_and_prepare()
-  return {
+  sizes: dict[str, Any] = {
     split: {'packages': len(splits[split])}
     | {name: len(records) for name, records in made[split].items()}
     for split in SPLITS
   }
+  return sizes | {'unreadable_files': unreadable}

@@ -186,7 +186,8 @@ def test_tables_show_spreads_where_there_are_several_seeds(tmp_path):
 
 @pytest.fixture(scope='module')
 def packages() -> dict[str, corpus.Packages]:
-  return corpus.read_packages({'train': 25, 'test': 15}, 40)
+  packages, _ = corpus.read_packages({'train': 25, 'test': 15}, 40)
+  return packages
 
 
 def test_a_package_is_in_one_split_alone(packages):
@@ -210,6 +211,24 @@ def test_no_text_of_test_is_in_train(packages):
     for split in corpus.SPLITS
   }
   assert texts['train'].isdisjoint(texts['test'])
+
+
+def test_files_that_cannot_be_read_are_counted(tmp_path, monkeypatch):
+  source = (
+    'def f{0}(values):\n'
+    '  """Do what f{0} does."""\n'
+    '  return sum(value * {0} for value in range(values))\n'
+  )
+  good = [source.format(i) for i in range(3)]
+  files = []
+  for i, text in enumerate([*good, 'print 1', 'def f(:', 'a = "\0"']):
+    files.append((f'p.m{i}', tmp_path / f'm{i}.py'))
+    files[-1][1].write_text(text)
+  monkeypatch.setattr(corpus, 'installed_files', lambda: {'p': files})
+  packages, unreadable = corpus.read_packages({'train': 9, 'test': 9}, 0)
+  assert unreadable == 3
+  found = [one.name for part in packages.values() for one in part.get('p', [])]
+  assert sorted(found) == ['f0', 'f1', 'f2']
 
 
 def test_records_of_the_data_sets_share_no_function():
