@@ -32,9 +32,9 @@ EXPORT_TOLERANCE = 1e-5
 DATA = {
   'embedding_batch': 8,
   'generative_batch': 8,
-  'max_query_tokens': 64,
-  'max_passage_tokens': 96,
-  'max_generative_tokens': 96,
+  'max_query_tokens': 128,
+  'max_passage_tokens': 128,
+  'max_generative_tokens': 128,
   'row_length': 128,
 }
 # Of a model of these sizes, as flags and as a Hugging Face folder has them.
