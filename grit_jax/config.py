@@ -512,8 +512,9 @@ class MeshConfig:
 class MemoryConfig:
   """What trades time for memory; the loss and its gradient stay the same."""
 
-  # What a layer keeps for its gradient. none: everything. full: its input.
-  # offload: the inputs of its two parts, in the host's memory.
+  # What a layer keeps for its gradient. none: what its products and its
+  # attention computed; the rest costs less to compute again than to keep. full:
+  # its input. offload: the inputs of its two parts, in the host's memory.
   remat: str = 'full'
   # Rows a chunk for gradient caching (Gao et al. 2021, arXiv 2101.06983); 0:
   # the whole batch in one pass.

@@ -18,12 +18,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from grit_jax.sharding import spec
 
 # Positions a block, of queries and of keys: on a CPU the scores of a block
 # stay in the cache, and short texts that share a row see few blocks.
 BLOCK = 128
+
+# The name of what a gradient needs of the forward pass.
+KEPT = 'attended'
 
 
 def attend(
@@ -166,7 +170,7 @@ def _forward(q, k, v, first, last):
 
 
 def _forward_to_keep(q, k, v, first, last):
-  out, normaliser = _forward(q, k, v, first, last)
+  out, normaliser = checkpoint_name(_forward(q, k, v, first, last), KEPT)
   return out, (q, k, v, first, last, out, normaliser)
 
 

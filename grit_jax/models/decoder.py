@@ -518,10 +518,27 @@ def _rematerialise(
     x, statistics = add_mlp(x, layer)
     return x, (statistics, kept)
 
-  if remat != 'full':
+  if remat == 'offload':
     return add_layer
-  policy = jax.checkpoint_policies.nothing_saveable
+  policies = jax.checkpoint_policies
+  policy = {
+    'none': policies.save_from_both_policies(
+      _is_product, policies.save_only_these_names(blockwise.KEPT)
+    ),
+    'full': policies.nothing_saveable,
+  }[remat]
   return jax.checkpoint(add_layer, policy=policy, prevent_cse=False)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Says which operations of a layer take so long that `none` keeps them.
+
+  The rest is cheaper to compute again than to write into the scan's stacks and
+  read from there.
+  """
+  return primitive.name in (
+    'dot_general', 'ragged_dot_general', 'pallas_call',
+  )  # fmt: skip
 
 
 def _offload(part: Callable) -> Callable:

@@ -261,6 +261,24 @@ def test_joint_pass_equals_each_stream_alone(model: Decoder, pack: Callable):
     )
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_without_remat_no_product_is_computed_twice(
+  model: Decoder, pack: Callable, remat: str
+):
+  rows = pack(*LAYOUTS, length=LENGTH)
+
+  def loss(model: Decoder) -> jax.Array:
+    return model([rows], [Kind.CAUSAL], remat)[0].sum()
+
+  program = str(jax.make_jaxpr(jax.grad(loss))(model))
+  # The layers are one loop: its seven projections have two gradients each, and
+  # the two products of attention have five for the backward pass.
+  once = 3 * 7 + 2 + 5
+  # The last projection of a layer is not needed again, as its result is not.
+  again = {'none': 0, 'full': 6 + 2}[remat]
+  assert program.count(' dot_general[') == once + again
+
+
 def test_remat_changes_memory_and_not_the_gradient(
   model: Decoder, pack: Callable
 ):
