@@ -46,8 +46,11 @@ TEXTS = [f'{word} of text {i}' for i, word in enumerate(['A', 'Some'] * 8)]
 MESSAGES = [
   [{'role': 'user', 'content': f'What is item {i}?'}] for i in range(8)
 ]
-# Seconds that a step takes in tests of what comes between steps.
+# Seconds that a token takes in tests of what comes between steps.
 SLOW = 0.05
+# Seconds after which a client goes away: its request has come by then, and the
+# longest answer takes several times as long.
+LEAVES = 2.0
 # Seconds after which what should have happened has not.
 PATIENCE = 60
 
@@ -132,7 +135,7 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch):
   step = Generation.step
 
   def step_slowly(self: Generation, tokens: int) -> None:
-    time.sleep(SLOW)
+    time.sleep(SLOW * tokens)
     step(self, tokens)
 
   monkeypatch.setattr(Generation, 'step', step_slowly)
@@ -379,7 +382,8 @@ def long_chat(model: GritLM) -> dict[str, Any]:
 def find_generation(running: Running) -> Generation:
   """Returns the batch that runs, which is the only one."""
   batcher = running.service._batcher
-  wait_until(lambda: batcher._running)
+  # One that its client has left may take a step more.
+  wait_until(lambda: len(batcher._running) == 1)
   [(generation, _)] = batcher._running
   return generation
 
@@ -407,9 +411,12 @@ def test_a_client_that_goes_away_is_not_generated_for(
   assert generation.done
   assert len(generation.texts[0].ids) < LIMITS.max_new_tokens
   # And without a stream.
-  with pytest.raises(openai.APITimeoutError):
-    client.with_options(timeout=4 * SLOW).chat.completions.create(**long_chat)
-  generation = find_generation(running)
+  hasty = client.with_options(timeout=LEAVES)
+  with ThreadPoolExecutor(1) as pool:
+    asked = pool.submit(hasty.chat.completions.create, **long_chat)
+    generation = find_generation(running)
+    with pytest.raises(openai.APITimeoutError):
+      asked.result()
   wait_until(lambda: not running.service._batcher._running)
   assert len(generation.texts[0].ids) < LIMITS.max_new_tokens
 
@@ -436,8 +443,10 @@ def test_a_full_queue_is_told_and_lost_clients_leave_it(
     try:
       begun = pool.submit(ask, 0)
       assert entered.wait(PATIENCE)
+      asked = pool.submit(chat, running.client().with_options(timeout=LEAVES))
+      wait_until(lambda: batcher._chats)
       with pytest.raises(openai.APITimeoutError):
-        chat(running.client().with_options(timeout=0.5))
+        asked.result()
       wait_until(lambda: not batcher._chats)
       others = [pool.submit(ask, i) for i in range(LIMITS.max_queue)]
       wait_until(lambda: len(batcher._embeddings) == LIMITS.max_queue)
