@@ -44,6 +44,10 @@ EXTRAS = {
   # PyTorch and the tools that exports are for are in tests alone, as the
   # independent side of a comparison; on newer Pythons those are skipped.
   'test': [
+    # They execute the notebook.
+    'ipykernel==7.4.0',
+    'nbclient==0.11.0',
+    'nbformat==5.11.1',
     'pytest>=8.4',
     'pytest-xdist>=3.8',
     'ruff>=0.14',

@@ -18,14 +18,31 @@ pytest.importorskip('ipykernel')
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / 'notebooks' / 'grit_on_colab_tpu.ipynb'
+PNG = b'\x89PNG'
 SCREEN = 30  # lines
 SECONDS = 600  # a cell, on a machine with much else to do
 STEPS = 3
-# A chip that the notebook's own process has taken is one that training cannot.
-CHECK_FREE = (
-  'from jax._src import xla_bridge\n'
-  'assert not xla_bridge.backends_are_initialized()'
-)
+# Cells that the test adds, by the cell that they come after.
+CHECKS = {
+  # A chip that the notebook's own process has is one that training cannot have.
+  # And the picture that is drawn last has all steps.
+  'train': """
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+figure = draw_losses()
+for axes in figure.axes:
+  [line] = axes.lines
+  assert [*line.get_xdata()] == [*range(1, STEPS + 1)]
+  assert all(value > 0 for value in line.get_ydata())
+display(figure)
+""",
+  # The model was trained between the two.
+  'embed': """
+for one, other in zip(before, after, strict=True):
+  assert one.shape == other.shape == (len(held_out), config.model.embed_dim)
+  assert abs(one - other).max() > 1e-4
+""",
+}
 # Both are in float32, and the rows that a text is encoded in are the same.
 EXPORT_TOLERANCE = 1e-5
 
@@ -103,9 +120,10 @@ def execute(
     'COPY_TO': str(folder / 'copy'),
   }
   set_parameters(notebook, small | values)
-  [trained] = [i for i, cell in enumerate(notebook.cells) if cell.id == 'train']
-  check = nbformat.v4.new_code_cell(CHECK_FREE)
-  notebook.cells.insert(trained + 1, check)
+  for place, cell in reversed([*enumerate(notebook.cells)]):
+    if cell.id in CHECKS:
+      check = nbformat.v4.new_code_cell(CHECKS[cell.id], id=f'check-{cell.id}')
+      notebook.cells.insert(place + 1, check)
   nbclient.NotebookClient(
     notebook, timeout=SECONDS, resources={'metadata': {'path': str(folder)}}
   ).execute()
@@ -128,16 +146,14 @@ def read_text(cell: Any) -> str:
 
 def check_run(folder: pathlib.Path, cells: Mapping[str, Any]) -> None:
   """Checks what both ways through the notebook show and leave."""
-  for name in ('train', 'plot-embeddings'):
-    [picture] = read_pictures(cells[name])
-    assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
+  [plane] = read_pictures(cells['plot-embeddings'])
+  assert plane.startswith(PNG) and len(plane) > 10_000
+  [losses] = read_pictures(cells['train'])
+  assert losses.startswith(PNG)
+  assert [losses] == read_pictures(cells['check-train'])
   assert (folder / 'run' / 'checkpoints' / str(STEPS)).is_dir()
-  table = {
-    line.split()[0]: line.split()[1:]
-    for line in read_text(cells['compare']).splitlines()
-  }
-  assert {'random', 'TF-IDF', 'before', 'after'} <= table.keys()
-  # The model was trained between them.
+  rows = [line.split()[0] for line in read_text(cells['compare']).splitlines()]
+  assert rows[1:] == ['random', 'TF-IDF', 'before', 'after']
   model = GritLM.load(folder / 'run')
   copy = GritLM.load(folder / 'copy' / 'to_hf', dtype=model.config.model.dtype)
   texts = ['def one():\n  return 1', 'Two texts']
@@ -166,6 +182,7 @@ def test_adapters_run_from_top_to_bottom(
   flags = [
     to_flags('model', SIZES | {'vocab_size': 407, 'dtype': 'float32'}),
     to_flags('data', DATA),
+    to_flags('optimizer', {'learning_rate': 1e-2}),
   ]
   cells = execute(
     tmp_path,
