@@ -23,6 +23,7 @@ from grit_jax.data.formats import FormatError
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
 from grit_jax.data.tokenizer import TokenizerError
+from grit_jax.inference import arguments
 from grit_jax.inference.corpus import CorpusWriter
 from grit_jax.inference.shards import DTYPES, SearchIndexError
 from grit_jax.initial import open_initial
@@ -45,22 +46,13 @@ USER_ERRORS = (
 _SAMPLE_BYTES = 1 << 20
 
 
-def parse_positive(text: str) -> int:
-  """Returns a number that is 1 or more."""
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
-  return int(text)
-
-
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the flags."""
   parser = argparse_flags.ArgumentParser(
     prog='python -m grit_jax.encode',
     description='Embeds a corpus into an index, and goes on after a kill.',
   )
-  parser.add_argument(
-    '--model', required=True, help='a checkpoint, workdir or HF folder'
-  )
+  arguments.add_model(parser)
   parser.add_argument(
     '--input', required=True, help='documents: .jsonl, .jsonl.gz, .jsonl.zst'
   )
@@ -69,7 +61,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     '--instruction', default='', help='for documents (default: none)'
   )
   parser.add_argument(
-    '--dtype', choices=DTYPES, default=DTYPES[0], help='of stored embeddings'
+    '--stored_dtype',
+    choices=DTYPES,
+    default=DTYPES[0],
+    help='of stored embeddings',
   )
   for name, default, help_text in (
     ('max_length', 512, 'tokens of a document; more are cut'),
@@ -78,7 +73,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   ):
     parser.add_argument(
       f'--{name}',
-      type=parse_positive,
+      type=arguments.parse_positive,
       default=default,
       help=f'{help_text} (default: {default})',
     )
@@ -120,11 +115,11 @@ def encode(flags: argparse.Namespace) -> None:
   Raises:
     One of `USER_ERRORS`.
   """
-  from grit_jax.inference.gritlm import GritLM
-
   settings = {
     'model': flags.model,
     'model_sha256': fingerprint(flags.model),
+    'model_dtype': flags.dtype,
+    'model_quantization': flags.quantization,
     'instruction': flags.instruction,
     'max_length': flags.max_length,
   }
@@ -132,11 +127,11 @@ def encode(flags: argparse.Namespace) -> None:
     FileSource(flags.input),
     flags.output,
     settings,
-    flags.dtype,
+    flags.stored_dtype,
     flags.shard_documents,
   )
   if writer.done < writer.total:
-    model = GritLM.load(flags.model)
+    model = arguments.load(flags)
     writer.write(
       lambda documents: model.encode_corpus(
         documents,

@@ -1,7 +1,6 @@
 """Evaluates models: `python -m grit_jax.evaluate mteb|lm --help`."""
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.config import ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data.formats import FormatError
 from grit_jax.data.tokenizer import TokenizerError
@@ -19,7 +18,7 @@ from grit_jax.evaluate.mistakes import (
   UnknownTaskError,
   UnsafeTaskError,
 )
-from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference import arguments
 from grit_jax.logs import quiet_libraries
 from grit_jax.sharding import MeshError
 
@@ -36,21 +35,6 @@ USER_ERRORS = (
 )
 
 
-def parse_mesh(text: str) -> MeshConfig:
-  """Returns the mesh that a text such as `fsdp=4,tensor=2` names."""
-  names = {field.name for field in dataclasses.fields(MeshConfig)}
-  sizes = {}
-  for part in text.split(','):
-    name, _, size = part.partition('=')
-    if name not in names or not size.lstrip('-').isdigit():
-      raise argparse.ArgumentTypeError(
-        f'{part!r} is not an axis with its devices, such as tensor=2; the axes '
-        f'are {", ".join(sorted(names))}'
-      )
-    sizes[name] = int(size)
-  return MeshConfig(**sizes)
-
-
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the command and its flags."""
   parser = argparse_flags.ArgumentParser(
@@ -58,24 +42,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     description='Evaluates models with the runners of the field.',
   )
   common = argparse.ArgumentParser(add_help=False)
-  common.add_argument(
-    '--model',
-    required=True,
-    help='a workdir, checkpoint or Hugging Face folder',
-  )
+  arguments.add_model(common)
   common.add_argument(
     '--output', default='evaluation', help='for results (default: %(default)s)'
-  )
-  common.add_argument(
-    '--dtype', default='', help="float32 or bfloat16 (default: the model's)"
-  )
-  common.add_argument(
-    '--quantization', default='', help='int8 or nf4 (default: none)'
-  )
-  common.add_argument(
-    '--mesh',
-    type=parse_mesh,
-    help='over all devices, such as fsdp=4,tensor=2 (default: one device)',
   )
   commands = parser.add_subparsers(dest='command', required=True)
   _add_mteb(commands.add_parser('mteb', parents=[common], help='embeddings'))
@@ -141,7 +110,7 @@ def evaluate_mteb(flags: argparse.Namespace) -> None:
   languages = flags.languages.split(',') if flags.languages else None
   tasks = mteb_encoder.find_tasks(flags.tasks, languages)
   encoder = mteb_encoder.Encoder(
-    _load(flags), _name(flags.model), flags.max_length
+    arguments.load(flags), _name(flags.model), flags.max_length
   )
   scores = mteb_encoder.evaluate(
     encoder, tasks, pathlib.Path(flags.output), flags.batch_size
@@ -172,7 +141,9 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
   names = flags.tasks.split(',')
   manager = TaskManager(include_path=flags.task_folder)
   generative_tasks.check_names(manager, names, flags.run_unsafe_code)
-  model = LanguageModel(_load(flags), flags.max_length, flags.batch_size)
+  model = LanguageModel(
+    arguments.load(flags), flags.max_length, flags.batch_size
+  )
   folder = pathlib.Path(flags.output) / 'lm' / _name(flags.model)
   found: Mapping[str, Mapping] = generative_tasks.evaluate(
     model,
@@ -184,15 +155,6 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
   )
   for results in found.values():
     print(make_table(results))
-
-
-def _load(flags: argparse.Namespace) -> GritLM:
-  return GritLM.load(
-    flags.model,
-    mesh=flags.mesh,
-    dtype=flags.dtype,
-    quantization=flags.quantization,
-  )
 
 
 def _name(path: str) -> str:

@@ -12,14 +12,14 @@ from absl.flags import argparse_flags
 from etils import epath
 
 from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.config import ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data.tokenizer import TokenizerError
+from grit_jax.inference import arguments
 from grit_jax.inference.encoding import cache_bytes
 from grit_jax.inference.generation import round_places
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.logs import quiet_libraries
-from grit_jax.models.quantization import KINDS
 from grit_jax.sharding import MeshError
 
 try:
@@ -43,42 +43,13 @@ _LIMITS = {
 }
 
 
-def parse_positive(text: str) -> int:
-  """Returns a number that is 1 or more."""
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
-  return int(text)
-
-
-def parse_mesh(text: str) -> MeshConfig:
-  """Returns the mesh that a text such as `fsdp=2,tensor=4` is."""
-  sizes = {}
-  for part in text.split(','):
-    name, _, size = part.partition('=')
-    try:
-      sizes[name] = int(size)
-    except ValueError as error:
-      raise argparse.ArgumentTypeError(
-        f'{part!r} is not an axis and a number, such as tensor=4'
-      ) from error
-  try:
-    # Without `fsdp`, the axis that takes what is left, it is not split.
-    mesh = MeshConfig(**{'fsdp': 1, **sizes})
-    mesh.validate()
-  except (ConfigError, TypeError) as error:
-    raise argparse.ArgumentTypeError(str(error)) from error
-  return mesh
-
-
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the flags."""
   parser = argparse_flags.ArgumentParser(
     prog='python -m grit_jax.serve',
     description="Serves a model over HTTP, in OpenAI's protocol.",
   )
-  parser.add_argument(
-    '--model', required=True, help='a workdir, checkpoint or HF folder'
-  )
+  arguments.add_model(parser)
   parser.add_argument(
     '--name', default='', help="what clients call it (default: the folder's)"
   )
@@ -94,30 +65,16 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     '--api_key', default='', help='that clients must send (default: none)'
   )
-  parser.add_argument(
-    '--mesh',
-    type=parse_mesh,
-    help='over all devices, such as tensor=4 (default: the first device)',
-  )
-  parser.add_argument(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    default='',
-    help="of weights and activations (default: the model's)",
-  )
-  parser.add_argument(
-    '--quantization', choices=KINDS, default='', help='of the layers'
-  )
   for name, help_text in _LIMITS.items():
     parser.add_argument(
       f'--{name}',
-      type=parse_positive,
+      type=arguments.parse_positive,
       default=getattr(Limits, name),
       help=f'{help_text} (default: %(default)s)',
     )
   parser.add_argument(
     '--stop_seconds',
-    type=parse_positive,
+    type=arguments.parse_positive,
     default=30,
     help='that a signal leaves to what runs (default: %(default)s)',
   )
@@ -145,12 +102,7 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   Raises:
     One of `USER_ERRORS`.
   """
-  model = GritLM.load(
-    flags.model,
-    mesh=flags.mesh,
-    dtype=flags.dtype,
-    quantization=flags.quantization,
-  )
+  model = arguments.load(flags)
   architecture = model.config.model
   most = min(
     limits.max_input_tokens + limits.max_new_tokens, architecture.max_positions

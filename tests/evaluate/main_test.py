@@ -1,6 +1,5 @@
 """The evaluation command names what is wrong with what it is asked."""
 
-import argparse
 import sys
 
 import pytest
@@ -25,11 +24,3 @@ def test_a_missing_runner_is_named_with_its_extra(
     match=rf"{package}\S* is not installed.*'grit_jax\[{name}\]'",
   ):
     command.main(flags)
-
-
-def test_a_mesh_is_read_from_its_text():
-  mesh = command.parse_mesh('fsdp=4,tensor=2')
-  assert (mesh.fsdp, mesh.tensor) == (4, 2)
-  for text in 'rows=2', 'fsdp', 'fsdp=a':
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not an"):
-      command.parse_mesh(text)

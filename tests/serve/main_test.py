@@ -1,6 +1,5 @@
 """Tests of the command, in a process of its own."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,11 +19,10 @@ pytest.importorskip('starlette')
 pytest.importorskip('uvicorn')
 
 from grit_jax.checkpoint import CheckpointError  # noqa: E402
-from grit_jax.config import Config, ConfigError, MeshConfig  # noqa: E402
+from grit_jax.config import Config, ConfigError  # noqa: E402
 from grit_jax.models import presets  # noqa: E402
 from grit_jax.serve.__main__ import (  # noqa: E402
   parse_flags,
-  parse_mesh,
   serve,
 )
 
@@ -117,11 +115,3 @@ def test_an_address_is_taken_before_the_model_loads():
   for _ in range(2):
     with pytest.raises(CheckpointError, match='no_model'):
       serve(parse_flags(flags))
-
-
-def test_a_mesh_is_named_by_its_axes():
-  assert parse_mesh('tensor=4') == MeshConfig(fsdp=1, tensor=4)
-  assert parse_mesh('fsdp=-1,tensor=2') == MeshConfig(fsdp=-1, tensor=2)
-  for text in ('4', 'tensor', 'tensor=a', 'tensor=0', 'heads=2', ''):
-    with pytest.raises(argparse.ArgumentTypeError):
-      parse_mesh(text)

@@ -1,0 +1,74 @@
+"""What commands that load a model have in common: flags, and the loading."""
+
+import argparse
+
+from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.models.quantization import KINDS
+
+
+def parse_positive(text: str) -> int:
+  """Returns a number that is 1 or more."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
+  return int(text)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """Returns the mesh that a text such as `fsdp=2,tensor=4` is."""
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    try:
+      sizes[name] = int(size)
+    except ValueError as error:
+      raise argparse.ArgumentTypeError(
+        f'{part!r} is not an axis and a number, such as tensor=4'
+      ) from error
+  try:
+    # Without `fsdp`, the axis that takes what is left, it is not split.
+    mesh = MeshConfig(**{'fsdp': 1, **sizes})
+    mesh.validate()
+  except (ConfigError, TypeError) as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+  return mesh
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `load`."""
+  parser.add_argument(
+    '--model', required=True, help='a workdir, checkpoint or HF folder'
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    default='',
+    help="of weights and activations (default: the model's)",
+  )
+  parser.add_argument(
+    '--quantization', choices=KINDS, default='', help='of the layers'
+  )
+  add_mesh(parser)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag `--mesh`."""
+  parser.add_argument(
+    '--mesh',
+    type=parse_mesh,
+    help='over all devices, such as tensor=4 (default: the first device)',
+  )
+
+
+def load(flags: argparse.Namespace) -> GritLM:
+  """Loads the model that the flags of `add_model` name.
+
+  Raises:
+    CheckpointError, ConvertError, ConfigError, MeshError: As `GritLM.load`.
+  """
+  return GritLM.load(
+    flags.model,
+    mesh=flags.mesh,
+    dtype=flags.dtype,
+    quantization=flags.quantization,
+  )
