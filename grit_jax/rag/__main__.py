@@ -3,17 +3,19 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import app, logging
 from absl.flags import argparse_flags
 
 from grit_jax.encode import USER_ERRORS, fingerprint, parse_positive
-from grit_jax.inference.cache import CacheError
+from grit_jax.inference.cache import CacheError, KVCache
+from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
 from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.shards import DTYPES, SearchIndexError
 from grit_jax.logs import quiet_libraries
+from grit_jax.rag.answering import Answer, Answerer, encode_documents
 from grit_jax.rag.caches import DiskCaches, HostCaches
 from grit_jax.rag.indexing import format_size, write_index
 from grit_jax.rag.prompts import Mode
@@ -202,7 +204,7 @@ def benchmark(flags: argparse.Namespace) -> None:
   run_benchmark(flags)
 
 
-def _read_questions():
+def _read_questions() -> Iterator[str]:
   """Yields the lines of the standard input that are not blank."""
   prompt = sys.stdin.isatty()
   while True:
@@ -217,20 +219,18 @@ def _read_questions():
 
 def _make_answerer(
   flags: argparse.Namespace, path: str, index: Index, mode: Mode
-):
-  from grit_jax.inference.gritlm import GritLM
-  from grit_jax.rag.answering import Answerer, encode_documents
-
+) -> Answerer:
   model = GritLM.load(path)
   caches = None
   if mode.caches_document and index.metadata.get('caches'):
     caches = DiskCaches(flags.index)
   elif mode.caches_document:
 
-    def make(number: int):
+    def make(number: int) -> KVCache:
       documents = index.documents([number])
-      max_length = index.metadata['max_length']
-      (cache,) = encode_documents(model, documents, mode, max_length)[1]
+      # They are read whole, as in the modes without caches.
+      positions = model.config.model.max_positions
+      (cache,) = encode_documents(model, documents, mode, positions)[1]
       return cache
 
     caches = HostCaches(make, CACHE_DTYPES[0], flags.cache_memory * GIGABYTE)
@@ -245,7 +245,7 @@ def _make_answerer(
   )
 
 
-def show(answer, mode: Mode, as_json: bool) -> None:
+def show(answer: Answer, mode: Mode, as_json: bool) -> None:
   """Prints an answer and its sources."""
   sources = [
     {

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.generation import Completion
@@ -177,7 +178,7 @@ def encode_documents(
   mode: Mode,
   max_length: int,
   batch_size: int = 1,
-):
+) -> tuple[np.ndarray, list[KVCache]]:
   """Embeds documents as a mode's caches have them.
 
   Args:

@@ -22,7 +22,6 @@ from absl import logging
 from tqdm import tqdm
 
 from grit_jax.data import folders, lines, records
-from grit_jax.data.formats import EMBED
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
 from grit_jax.data.tokenizer import Tokenizer
@@ -123,6 +122,7 @@ def write_passages(
   target: pathlib.Path,
   tokenizer: Tokenizer,
   max_length: int,
+  prefix: str,
 ) -> list[int]:
   """Cuts documents into passages, and writes them as a corpus.
 
@@ -131,7 +131,8 @@ def write_passages(
     target: A `.jsonl` file, which is replaced as a whole.
     tokenizer: It counts.
     max_length: Tokens of a passage at most, as it is encoded: with its title
-      and what stands before it.
+      and the prefix.
+    prefix: What stands before it.
 
   Returns:
     The tokens of each passage, in order.
@@ -152,7 +153,7 @@ def write_passages(
         for document in read_documents(path):
           counts['documents'] += 1
           counts['blank'] += not document.text.strip()
-          for passage, length in cut(document, tokenizer, max_length):
+          for passage, length in cut(document, tokenizer, max_length, prefix):
             name = passage['id']
             if name in seen:
               raise RecordError(
@@ -175,7 +176,7 @@ def write_passages(
 
 
 def cut(
-  document: Whole, tokenizer: Tokenizer, max_length: int
+  document: Whole, tokenizer: Tokenizer, max_length: int, prefix: str
 ) -> list[tuple[Document, int]]:
   """Cuts a document into passages; a blank one gives none.
 
@@ -186,7 +187,6 @@ def cut(
     RecordError: The title leaves no room.
   """
   title = {'title': document.title} if document.title.strip() else {}
-  prefix = f'{tokenizer.bos_piece}{EMBED}'
 
   def count(texts: Sequence[str]) -> list[int]:
     parts = [(prefix, join_title({**title, 'text': text})) for text in texts]

@@ -3,19 +3,24 @@
 import argparse
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
 from grit_jax.data import folders
 from grit_jax.data.folders import PreparationError
+from grit_jax.data.formats import format_embedding_prefix
 from grit_jax.data.sources import FileSource
 from grit_jax.encode import fingerprint
 from grit_jax.inference.cache import to_dtype
 from grit_jax.inference.corpus import CorpusWriter
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.shards import Document
 from grit_jax.initial import open_initial
+from grit_jax.rag.answering import encode_documents
 from grit_jax.rag.caches import DiskCaches
 from grit_jax.rag.documents import find_files, write_passages
-from grit_jax.rag.prompts import Mode
+from grit_jax.rag.prompts import BEHIND_QUERY, Mode
 
 PASSAGES = 'passages.jsonl'
 
@@ -39,14 +44,17 @@ def write_index(flags: argparse.Namespace) -> None:
     PreparationError: There is no room for the caches.
     And what `grit_jax.encode` raises.
   """
-  from grit_jax.inference.gritlm import GritLM
-  from grit_jax.rag.answering import encode_documents
-
   files = find_files(flags.source)
   initial = open_initial(flags.model)
   folder = pathlib.Path(flags.index)
   target = folder / PASSAGES
-  lengths = write_passages(files, target, initial.tokenizer, flags.max_length)
+  if flags.caches == Mode.QUERY_DOC.value:
+    prefix = BEHIND_QUERY
+  else:
+    prefix = format_embedding_prefix('', initial.tokenizer)
+  lengths = write_passages(
+    files, target, initial.tokenizer, flags.max_length, prefix
+  )
   settings = {
     'model': flags.model,
     'model_sha256': fingerprint(flags.model),
@@ -65,27 +73,15 @@ def write_index(flags: argparse.Namespace) -> None:
     token_bytes = numbers * to_dtype(flags.cache_dtype).itemsize
     _check_room(flags, token_bytes, lengths[writer.done :], sum(lengths))
   if writer.done < writer.total:
-    mode = Mode(flags.caches or Mode.DOC.value)
     model = GritLM.load(flags.model)
 
-    def embed(documents: list) -> np.ndarray:
+    def embed(documents: list[Document]) -> np.ndarray:
       if not flags.caches:
         return model.encode_corpus(
           documents, max_length=flags.max_length, batch_size=flags.batch_size
         )
-      found = []
-      # A batch's caches at a time: those of a shard may not fit the memory.
-      for start in range(0, len(documents), flags.batch_size):
-        part = documents[start : start + flags.batch_size]
-        embeddings, kept = encode_documents(
-          model, part, mode, flags.max_length, flags.batch_size
-        )
-        found.append(embeddings)
-        first = writer.done + start
-        with folders.writing(folder):
-          for number, cache in enumerate(kept, first):
-            caches.write(number, cache.astype(flags.cache_dtype))
-      return np.concatenate(found)
+      with folders.writing(folder):
+        return _embed_and_cache(model, documents, caches, writer.done, flags)
 
     writer.write(embed)
   print(f'{folder}: an index of {writer.done} passages')
@@ -95,6 +91,29 @@ def write_index(flags: argparse.Namespace) -> None:
       f'{caches.folder}: their caches for {flags.caches}, '
       f'{format_size(size)}, {format_size(size / sum(lengths))} a token'
     )
+
+
+def _embed_and_cache(
+  model: GritLM,
+  documents: Sequence[Document],
+  caches: DiskCaches,
+  first: int,
+  flags: argparse.Namespace,
+) -> np.ndarray:
+  """Embeds documents, and writes their caches from number `first` on.
+
+  A batch at a time: the caches of a shard may not fit into the memory.
+  """
+  found, mode = [], Mode(flags.caches)
+  for start in range(0, len(documents), flags.batch_size):
+    part = documents[start : start + flags.batch_size]
+    embeddings, kept = encode_documents(
+      model, part, mode, flags.max_length, flags.batch_size
+    )
+    found.append(embeddings)
+    for number, cache in enumerate(kept, first + start):
+      caches.write(number, cache.astype(flags.cache_dtype))
+  return np.concatenate(found)
 
 
 def _check_room(

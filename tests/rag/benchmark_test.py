@@ -27,7 +27,7 @@ def test_both_sides_are_timed_and_give_the_same_tokens(
   command.main(
     command.parse_flags(
       [
-        'rag', 'benchmark', f'--model={folder}', '--tokens=40', '--repeats=2',
+        'rag', 'benchmark', f'--model={folder}', '--tokens=40', '--repeats=1',
         f'--output={output}',
       ]
     )
@@ -44,13 +44,13 @@ def test_both_sides_are_timed_and_give_the_same_tokens(
       assert f'| {mode} |' in table
       assert list(seconds) == sides
       assert all(
-        len(times) == 2 and min(times) > 0 for times in seconds.values()
+        len(times) == 1 and min(times) > 0 for times in seconds.values()
       )
     assert all(sample['same_tokens'].values())
   first = report['samples'][0]['seconds']
   for side in sides:
     cached, uncached = (
-      sum(first[mode][side]) / 2 for mode in ('doc-caching', 'document-first')
+      first[mode][side][0] for mode in ('doc-caching', 'document-first')
     )
     gain = report['gains']['doc caching, long document'][side]
     assert gain == pytest.approx(1 - cached / uncached)

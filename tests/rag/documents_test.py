@@ -26,7 +26,9 @@ def tokenizer(tokenizer_model):
 
 
 def write(sources, target, tokenizer, max_length=LENGTH):
-  lengths = write_passages(find_files(sources), target, tokenizer, max_length)
+  lengths = write_passages(
+    find_files(sources), target, tokenizer, max_length, '<s><|embed|>\n'
+  )
   return lengths, [d for _, d in read_corpus(FileSource(target))]
 
 
