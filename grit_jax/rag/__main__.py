@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from absl import app, logging
 from absl.flags import argparse_flags
 
-from grit_jax.encode import USER_ERRORS, fingerprint, parse_positive
+from grit_jax.encode import USER_ERRORS, fingerprint
+from grit_jax.inference import arguments
 from grit_jax.inference.cache import CacheError, KVCache
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
@@ -44,7 +45,7 @@ def _add_number(
 ) -> None:
   command.add_argument(
     f'--{name}',
-    type=parse_positive,
+    type=arguments.parse_positive,
     default=default,
     help=f'{help_text} (default: {default})',
   )
@@ -60,9 +61,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
     action='append',
     help='a .txt, .md or .jsonl file, or a folder of such; repeat for more',
   )
-  command.add_argument(
-    '--model', required=True, help='a checkpoint, workdir or HF folder'
-  )
+  arguments.add_model(command)
   command.add_argument('--index', required=True, help='the folder to write')
   command.add_argument(
     '--caches',
@@ -78,7 +77,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
     help=f'of stored caches (default: {CACHE_DTYPES[0]})',
   )
   command.add_argument(
-    '--dtype',
+    '--stored_dtype',
     choices=DTYPES,
     default=DTYPES[0],
     help=f'of stored embeddings (default: {DTYPES[0]})',
@@ -98,8 +97,9 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
   )
   command.add_argument('--index', required=True, help='what `index` wrote')
   command.add_argument(
-    '--model', default='', help='(default: that of the index)'
+    '--model', default='', help='where it is now (default: as the index has it)'
   )
+  arguments.add_mesh(command)
   command.add_argument(
     '--mode',
     choices=[AUTO, *(mode.value for mode in Mode)],

@@ -12,6 +12,7 @@ from grit_jax.data.folders import PreparationError
 from grit_jax.data.formats import format_embedding_prefix
 from grit_jax.data.sources import FileSource
 from grit_jax.encode import fingerprint
+from grit_jax.inference import arguments
 from grit_jax.inference.cache import to_dtype
 from grit_jax.inference.corpus import CorpusWriter
 from grit_jax.inference.gritlm import GritLM
@@ -58,13 +59,19 @@ def write_index(flags: argparse.Namespace) -> None:
   settings = {
     'model': flags.model,
     'model_sha256': fingerprint(flags.model),
+    'model_dtype': flags.dtype,
+    'model_quantization': flags.quantization,
     'instruction': '',
     'max_length': flags.max_length,
     'caches': flags.caches,
     'cache_dtype': flags.cache_dtype if flags.caches else '',
   }
   writer = CorpusWriter(
-    FileSource(target), folder, settings, flags.dtype, flags.shard_documents
+    FileSource(target),
+    folder,
+    settings,
+    flags.stored_dtype,
+    flags.shard_documents,
   )
   caches = DiskCaches(folder)
   if flags.caches:
@@ -73,7 +80,7 @@ def write_index(flags: argparse.Namespace) -> None:
     token_bytes = numbers * to_dtype(flags.cache_dtype).itemsize
     _check_room(flags, token_bytes, lengths[writer.done :], sum(lengths))
   if writer.done < writer.total:
-    model = GritLM.load(flags.model)
+    model = arguments.load(flags)
 
     def embed(documents: list[Document]) -> np.ndarray:
       if not flags.caches:
