@@ -231,6 +231,12 @@ def watch(model: LanguageModel, monkeypatch) -> collections.Counter:
 
     def count(requests, *rest, kind=kind, real=real):
       asked[kind] += len(requests)
+      for request in requests:
+        # Examples and question are one turn of the user.
+        examples = 2 if kind == 'loglikelihood' else 0
+        context = request.args[0]
+        assert context.count('<|user|>') == 1
+        assert context.count('Answer:') == examples + 1
       return real(requests, *rest)
 
     monkeypatch.setattr(model, kind, count)
