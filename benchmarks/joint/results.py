@@ -127,5 +127,6 @@ def draw(results: dict[str, dict[str, Figures]], path: pathlib.Path) -> None:
     axes.set_yticks(range(len(variants)), list(variants))
     axes.grid(axis='x', alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-  panels[0].invert_yaxis()
+  # The first at the top.
+  panels[0].set_ylim(len(variants) - 0.5, -0.5)
   figure.savefig(path, dpi=100, format='png')
