@@ -14,7 +14,7 @@ from grit_jax import GritLM
 from grit_jax.config import Config, ConfigError, MeshConfig
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
 from grit_jax.data.formats import FormatError
-from grit_jax.inference.encoding import LEAST_SINGLE_ROW, Request
+from grit_jax.inference.encoding import Request
 from grit_jax.initial import load_model, open_initial
 from grit_jax.models import presets
 
@@ -100,7 +100,8 @@ def test_few_tokens_have_a_short_row(model: GritLM, count: int):
     calls = list(encoder._pack(texts, request))
   tokens = sum(len(text.ids) for text in texts)
   (batch,) = (batch for _, _, batch, _ in calls)
-  assert batch.rows.tokens.size < 2 * max(tokens, LEAST_SINGLE_ROW)
+  # Not of the module's own constants: they are what is tested.
+  assert batch.rows.tokens.size < max(2 * tokens, 32)
   assert (batch.rows.segments > 0).sum() == tokens
 
 
