@@ -333,7 +333,6 @@ def load_model(
     MeshError: What is quantised does not divide over the mesh.
   """
   abstract = jax.eval_shape(lambda: Decoder(config.model, key))
-  mesh = jax.sharding.get_mesh()
   drawn = {}
   if config.model.projection_dim and not initial.model.projection_dim:
     logging.info('The projection is new: drawn at random.')
@@ -345,21 +344,7 @@ def load_model(
         if path in names
       }
     )(key)
-  weights = flatten(abstract)
-  axes = projection_axes(config.model) if quantization else {}
-  quantized = {}
-  with _show_reading(initial, weights) as progress:
-    for path, x in list(weights.items()):
-      weight = drawn[path] if path in drawn else _load(initial, mesh, path, x)
-      if path in axes:
-        quantized[path] = quantize_weight(weight, axes[path], quantization)
-        # Its own bytes are free before the next one is read.
-        jax.block_until_ready(quantized[path])
-      else:
-        weights[path] = weight
-      progress.update(x.size * x.dtype.itemsize)
-  structure = jax.tree.structure(abstract)
-  return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
+  return _read_all(initial, abstract, drawn, quantization)
 
 
 def load_unstacked(
@@ -380,35 +365,44 @@ def load_unstacked(
   """
   key = jax.random.key(0)
   abstract = jax.eval_shape(lambda: Decoder(config.model, key).unstack())
+  return _read_all(initial, abstract, {}, quantization)
+
+
+def _read_all(
+  initial: InitialModel,
+  abstract: Decoder,
+  drawn: Mapping[str, jax.Array],
+  quantization: str,
+) -> Decoder:
+  """Reads the weights of `abstract`, but those that are drawn."""
   mesh = jax.sharding.get_mesh()
   weights = flatten(abstract)
-  axes = projection_axes(config.model) if quantization else {}
+  axes = projection_axes(abstract.config) if quantization else {}
   quantized = {}
-  with _show_reading(initial, weights) as progress:
-    for path, x in list(weights.items()):
-      weight = _load(initial, mesh, path, x)
-      stacked, _ = _locate(path)
-      if stacked in axes:
-        one = quantize_weight(weight[None], axes[stacked], quantization)
-        quantized[path] = jax.tree.map(operator.itemgetter(0), one)
-        jax.block_until_ready(quantized[path])
-      else:
-        weights[path] = weight
-      progress.update(x.size * x.dtype.itemsize)
-  structure = jax.tree.structure(abstract)
-  return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
-
-
-def _show_reading(
-  initial: InitialModel, weights: Mapping[str, jax.ShapeDtypeStruct]
-) -> tqdm:
-  return tqdm(
+  progress = tqdm(
     total=sum(x.size * x.dtype.itemsize for x in weights.values()),
     desc=f'Reading {initial.where}',
     unit='B',
     unit_scale=True,
     disable=jax.process_index() != 0,
   )
+  with progress:
+    for path, x in list(weights.items()):
+      weight = drawn[path] if path in drawn else _load(initial, mesh, path, x)
+      stacked, layer = _locate(path)
+      if stacked in axes:
+        if layer:
+          weight = weight[None]
+        found = quantize_weight(weight, axes[stacked], quantization)
+        if layer:
+          found = jax.tree.map(operator.itemgetter(0), found)
+        # Its own bytes are free before the next one is read.
+        quantized[path] = jax.block_until_ready(found)
+      else:
+        weights[path] = weight
+      progress.update(x.size * x.dtype.itemsize)
+  structure = jax.tree.structure(abstract)
+  return put_weights(jax.tree.unflatten(structure, weights.values()), quantized)
 
 
 def _locate(path: str) -> tuple[str, tuple[int, ...]]:
