@@ -48,7 +48,9 @@ _SAMPLE_BYTES = 1 << 20
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the flags."""
+  # `resolve`: a module of the same process may define flags of such names.
   parser = argparse_flags.ArgumentParser(
+    conflict_handler='resolve',
     prog='python -m grit_jax.encode',
     description='Embeds a corpus into an index, and goes on after a kill.',
   )

@@ -35,19 +35,26 @@ def parse_size(text: str) -> int:
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the command and its flags."""
+  # `resolve`: a module of the same process may define flags of such names.
   parser = argparse_flags.ArgumentParser(
-    prog='python -m grit_jax.convert', description='Converts models.'
+    conflict_handler='resolve',
+    prog='python -m grit_jax.convert',
+    description='Converts models.',
   )
   commands = parser.add_subparsers(dest='command', required=True)
   command = commands.add_parser(
-    'from_hf', help='a Hugging Face folder into a checkpoint'
+    'from_hf',
+    conflict_handler='resolve',
+    help='a Hugging Face folder into a checkpoint',
   )
   command.add_argument('--source', required=True, help='the folder; local')
   command.add_argument(
     '--target', required=True, help='the checkpoint; it must not exist'
   )
   command = commands.add_parser(
-    'to_hf', help="a run's model into a folder that other tools load"
+    'to_hf',
+    conflict_handler='resolve',
+    help="a run's model into a folder that other tools load",
   )
   command.add_argument(
     '--source',
@@ -67,7 +74,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     help='of a file of weights, at most (default: 5GB)',
   )
   command = commands.add_parser(
-    'to_peft', help="a run's adapters into a folder that PEFT loads"
+    'to_peft',
+    conflict_handler='resolve',
+    help="a run's adapters into a folder that PEFT loads",
   )
   command.add_argument(
     '--source',

@@ -37,18 +37,27 @@ USER_ERRORS = (
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the command and its flags."""
+  # `resolve`: a module of the same process may define flags of such names.
   parser = argparse_flags.ArgumentParser(
+    conflict_handler='resolve',
     prog='python -m grit_jax.evaluate',
     description='Evaluates models with the runners of the field.',
   )
-  common = argparse.ArgumentParser(add_help=False)
-  arguments.add_model(common)
-  common.add_argument(
-    '--output', default='evaluation', help='for results (default: %(default)s)'
-  )
   commands = parser.add_subparsers(dest='command', required=True)
-  _add_mteb(commands.add_parser('mteb', parents=[common], help='embeddings'))
-  _add_lm(commands.add_parser('lm', parents=[common], help='generation'))
+  for name, help_text, add in (
+    ('mteb', 'embeddings', _add_mteb),
+    ('lm', 'generation', _add_lm),
+  ):
+    command = commands.add_parser(
+      name, conflict_handler='resolve', help=help_text
+    )
+    arguments.add_model(command)
+    command.add_argument(
+      '--output',
+      default='evaluation',
+      help='for results (default: %(default)s)',
+    )
+    add(command)
   return parser.parse_args(argv[1:])
 
 

@@ -30,8 +30,11 @@ GIGABYTE = 10**9
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the command and its flags."""
+  # `resolve`: a module of the same process may define flags of such names.
   parser = argparse_flags.ArgumentParser(
-    prog='python -m grit_jax.rag', description='Answers from documents.'
+    conflict_handler='resolve',
+    prog='python -m grit_jax.rag',
+    description='Answers from documents.',
   )
   commands = parser.add_subparsers(dest='command', required=True)
   _add_index(commands)
@@ -53,7 +56,9 @@ def _add_number(
 
 def _add_index(commands: argparse._SubParsersAction) -> None:
   command = commands.add_parser(
-    'index', help='documents into an index; goes on after a kill'
+    'index',
+    conflict_handler='resolve',
+    help='documents into an index; goes on after a kill',
   )
   command.add_argument(
     '--source',
@@ -91,7 +96,9 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_ask(commands: argparse._SubParsersAction) -> None:
-  command = commands.add_parser('ask', help='answers questions over an index')
+  command = commands.add_parser(
+    'ask', conflict_handler='resolve', help='answers questions over an index'
+  )
   command.add_argument(
     'questions', nargs='*', help='none: one a line of the standard input'
   )
@@ -130,7 +137,9 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
   command = commands.add_parser(
-    'benchmark', help="the paper's latencies, side by side with PyTorch's"
+    'benchmark',
+    conflict_handler='resolve',
+    help="the paper's latencies, side by side with PyTorch's",
   )
   command.add_argument('--output', required=True, help='a file for JSON')
   command.add_argument(

@@ -45,7 +45,9 @@ _LIMITS = {
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the flags."""
+  # `resolve`: a module of the same process may define flags of such names.
   parser = argparse_flags.ArgumentParser(
+    conflict_handler='resolve',
     prog='python -m grit_jax.serve',
     description="Serves a model over HTTP, in OpenAI's protocol.",
   )

@@ -268,7 +268,7 @@ def test_command_prints_scores_and_names_mistakes(
     flags = command.parse_flags(
       [
         'evaluate', 'mteb', f'--model={model}', f'--tasks={names}',
-        f'--output={tmp_path}', '--max_length=64', '--mesh=data=4',
+        f'--output={tmp_path}', '--max_length=64', '--mesh=data=4,fsdp=-1',
       ]
     )  # fmt: skip
     command.main(flags)
