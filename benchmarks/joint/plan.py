@@ -91,8 +91,8 @@ class Scale:
 SCALES = {
   # To test this script.
   'tiny': Scale(
-    per_package=(30, 30),
-    packages=40,
+    per_package=(30, 40),
+    packages=100,
     model=dataclasses.replace(presets.tiny(), vocab_size=0),
     tokenizer_pieces=400,
     text_tokens=96,

@@ -176,9 +176,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, write_hf: Callable):
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, write_hf: Callable):
-  # Large enough to be interrupted: 32 layers, and a wide vocabulary.
+  # Large enough to be interrupted: 96 layers, and a wide vocabulary.
   write_hf(
-    tmp_path / 'hf', num_hidden_layers=32, hidden_size=96, vocab_size=20000,
+    tmp_path / 'hf', num_hidden_layers=96, hidden_size=96, vocab_size=20000,
     intermediate_size=2000,
   )  # fmt: skip
   process = subprocess.Popen(
