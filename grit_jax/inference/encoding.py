@@ -191,7 +191,7 @@ class Encoder:
       if lengths[group].sum() <= LEAST_ROW:
         length = round_up(int(lengths[group].sum()), LEAST_SINGLE_ROW)
       else:
-        length = round_up(int(lengths[group].max()), LEAST_ROW)
+        length = round_length(int(lengths[group].max()))
       segments = length // TOKENS_A_TEXT
       packing = pack(lengths[group], length, segments)
       call = self._rows_a_call(length, request)
@@ -224,6 +224,16 @@ def cache_bytes(config: Config) -> int:
   model = config.model
   numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
   return numbers * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
+
+
+def round_length(tokens: int) -> int:
+  """Returns the length of rows that a text of `tokens` fits.
+
+  Four lengths an octave: a power of two would have a text of 3000 tokens
+  computed as 4096.
+  """
+  step = max(LEAST_ROW // 4, round_up(tokens, LEAST_ROW) // 8)
+  return max(LEAST_ROW, -(-tokens // step) * step)
 
 
 def round_up(count: int, least: int) -> int:

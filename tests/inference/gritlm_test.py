@@ -14,7 +14,7 @@ from grit_jax import GritLM
 from grit_jax.config import Config, ConfigError, MeshConfig
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
 from grit_jax.data.formats import FormatError
-from grit_jax.inference.encoding import Request
+from grit_jax.inference.encoding import LEAST_ROW, Request, round_length
 from grit_jax.initial import load_model, open_initial
 from grit_jax.models import presets
 
@@ -103,6 +103,13 @@ def test_few_tokens_have_a_short_row(model: GritLM, count: int):
   # Not of the module's own constants: they are what is tested.
   assert batch.rows.tokens.size < max(2 * tokens, 32)
   assert (batch.rows.segments > 0).sum() == tokens
+
+
+def test_rows_are_little_longer_than_their_longest_text():
+  lengths = {tokens: round_length(tokens) for tokens in range(1, 5000)}
+  for tokens, length in lengths.items():
+    assert tokens <= length < max(LEAST_ROW + 1, 1.25 * tokens)
+  assert len(set(lengths.values())) == 18
 
 
 @pytest.mark.parametrize(
