@@ -19,6 +19,7 @@ from grit_jax.data.packing import Packing, pack
 from grit_jax.data.pipeline import place_batch
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.cache import KVCache
+from grit_jax.inference.shapes import round_up
 from grit_jax.models.attention import embedding_kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.sharding import row_shards
@@ -204,7 +205,7 @@ class Encoder:
           packing.rows[members] - start,
           packing.segments[members],
           packing.offsets[members],
-          min(call, shards * round_up(-(-rows // shards), 1)),
+          min(call, shards * round_up(-(-rows // shards))),
         )
         members = group[members]
         batch = _fill(part, [texts[i] for i in members], length, shards)
@@ -234,14 +235,6 @@ def round_length(tokens: int) -> int:
   """
   step = max(LEAST_ROW // 4, round_up(tokens, LEAST_ROW) // 8)
   return max(LEAST_ROW, -(-tokens // step) * step)
-
-
-def round_up(count: int, least: int) -> int:
-  """Returns the power of two times `least` that `count` fits: few shapes."""
-  size = least
-  while size < count:
-    size *= 2
-  return size
 
 
 def _fill(

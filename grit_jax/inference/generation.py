@@ -20,6 +20,7 @@ from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference import sampling
 from grit_jax.inference.cache import KVCache, to_dtype
 from grit_jax.inference.sampling import Sampling
+from grit_jax.inference.shapes import round_up
 from grit_jax.models.attention import Kind, generative_kind
 from grit_jax.models.decoder import Chunk, Decoder, KeysValues
 from grit_jax.sharding import place, row_shards, spec
@@ -255,7 +256,7 @@ class _Batch:
     self.config, self.prompts, self.eos = config, prompts, eos
     self.mesh = jax.sharding.get_mesh()
     shards = row_shards(self.mesh)
-    self.rows = shards * _power_of_two(-(-len(prompts) // shards))
+    self.rows = shards * round_up(-(-len(prompts) // shards))
     self.longest = max(len(prompt.ids) for prompt in prompts)
     # Another kind lets a token see later ones, which have to be there.
     self.whole = generative_kind(config.attention) is not Kind.CAUSAL
@@ -382,21 +383,15 @@ def split_prompt(tokens: int, whole: bool = False) -> list[int]:
     whole: Whether it has to be one chunk.
   """
   full, rest = (0, tokens) if whole else divmod(tokens, CHUNK)
-  first = [max(LEAST_CHUNK, _power_of_two(rest))] if rest else []
+  first = [max(LEAST_CHUNK, round_up(rest))] if rest else []
   return first + [CHUNK] * full
 
 
 def round_places(count: int) -> int:
   """Returns the places of a cache that holds `count`: few shapes."""
-  size = LEAST_PLACES
-  while size < count:
-    size *= 2
+  size = round_up(count, LEAST_PLACES)
   # Of a long cache at most a quarter is not used.
   return size * 3 // 4 if count <= size * 3 // 4 >= LEAST_PLACES else size
-
-
-def _power_of_two(count: int) -> int:
-  return 1 << (count - 1).bit_length()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -25,8 +25,8 @@ from grit_jax.inference.encoding import (
   LEAST_ROW,
   USUAL_ROW,
   WINDOW,
-  round_up,
 )
+from grit_jax.inference.shapes import round_up
 from grit_jax.models.attention import generative_kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.sharding import place_rows, row_shards
@@ -160,7 +160,7 @@ class Scorer:
           packing.rows[inside] - start,
           packing.segments[inside],
           packing.offsets[inside],
-          min(call, shards * round_up(-(-count // shards), 1)),
+          min(call, shards * round_up(-(-count // shards))),
         )
         members = [groups[i] for i in fits[inside]]
         yield from self._call(candidates, members, part, length)

@@ -21,6 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grit_jax.inference.shapes import round_up
+
 if TYPE_CHECKING:
   from grit_jax.inference.index import Index
 
@@ -73,7 +75,7 @@ def search(
   terms = queries.shape[1] + _FURTHER_TERMS
   margins = terms * _ROUNDOFF * lengths * index.largest_norm
   pending = np.arange(len(queries))
-  count = _power_of_two(max(2 * k, _LEAST_CANDIDATES))
+  count = round_up(max(2 * k, _LEAST_CANDIDATES))
   while pending.size:
     bounds, candidates = _find_candidates(index, queries[pending], count)
     unproven = []
@@ -114,7 +116,7 @@ def _find_candidates(
   """
   mesh = _find_mesh()
   shards = mesh.size
-  rows = min(BLOCK_ROWS, _power_of_two(-(-len(index) // shards)))
+  rows = min(BLOCK_ROWS, round_up(-(-len(index) // shards)))
   with jax.set_mesh(mesh):
     blocks = [
       _place_queries(mesh, queries[start : start + QUERY_BLOCK])
@@ -157,7 +159,7 @@ def _find_mesh() -> Mesh:
 
 def _place_queries(mesh: Mesh, queries: np.ndarray) -> jax.Array:
   """Puts queries on all devices, padded so that few shapes are compiled."""
-  padding = _power_of_two(len(queries)) - len(queries)
+  padding = round_up(len(queries)) - len(queries)
   padded = np.pad(queries, ((0, padding), (0, 0)))
   return jax.device_put(padded, NamedSharding(mesh, P()))
 
@@ -254,7 +256,3 @@ def _update_shard(
 def _join_shards(x: np.ndarray) -> np.ndarray:
   """Brings each query's candidates together: [S, Q, M] to [Q, S * M]."""
   return np.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-
-
-def _power_of_two(least: int) -> int:
-  return 1 << (least - 1).bit_length()
