@@ -8,6 +8,7 @@ gradient caching in chunks of rows.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -427,7 +428,7 @@ def make_train_step(
   config: Config,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
-  compiler_options: dict[str, bool],
+  compiler_options: dict[str, Any],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns the jitted step; it gives its old state's memory to the new.
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grit_jax import losses, objective, pooling
+from grit_jax import losses, objective, pooling, xla_options
 from grit_jax.batch import EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
@@ -216,7 +216,7 @@ class HeldOutEvaluation:
     return answer
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(xla_options.jit, static_argnums=0)
 def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
   [hidden] = model(
     [batch.rows],
@@ -228,7 +228,7 @@ def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
   return jax.sharding.reshard(pooling.normalise(pooled), jax.P())
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(xla_options.jit, static_argnums=0)
 def _loss_sum(
   config: Config, model: Decoder, batch: GenerativeRows
 ) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from grit_jax import objective, pooling
+from grit_jax import objective, pooling, xla_options
 from grit_jax.batch import EmbeddingRows, Rows
 from grit_jax.config import Config
 from grit_jax.data.filling import Filler, RowShards
@@ -257,7 +257,7 @@ def _fill(
   )
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@partial(xla_options.jit, static_argnums=(0, 3, 4, 5))
 def _embed(
   config: Config,
   model: Decoder,

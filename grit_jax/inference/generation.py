@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grit_jax import xla_options
 from grit_jax.config import ModelConfig
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference import sampling
@@ -411,7 +412,7 @@ def _make_keys(seeds: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.key)(seeds)
 
 
-@partial(jax.jit, donate_argnums=1)
+@partial(xla_options.jit, donate_argnums=1)
 def _read(
   model: Decoder, cache: list[KeysValues], chunk: Chunk
 ) -> tuple[jax.Array, list[KeysValues]]:
@@ -420,7 +421,7 @@ def _read(
   return hidden[:, -1:], cache
 
 
-@jax.jit
+@xla_options.jit
 def _choose_first(
   model: Decoder, hidden: jax.Array, settings: Settings
 ) -> jax.Array:
@@ -440,7 +441,7 @@ def _choose(
   )  # fmt: skip
 
 
-@partial(jax.jit, donate_argnums=1)
+@partial(xla_options.jit, donate_argnums=1)
 def _decode(
   model: Decoder,
   state: State,

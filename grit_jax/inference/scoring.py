@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grit_jax import xla_options
 from grit_jax.batch import Rows
 from grit_jax.config import Config
 from grit_jax.data.filling import Filler, RowShards
@@ -235,7 +236,7 @@ def _predict(
   return places, targets, spans
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(xla_options.jit, static_argnums=(0, 5))
 def _predict_tokens(
   config: Config,
   model: Decoder,

@@ -273,8 +273,12 @@ def test_a_prompt_goes_on_from_a_cache(load: Callable, mode: str):
 
 
 def test_programs_are_shared_by_prompts_of_like_lengths(model: GritLM):
-  def count() -> tuple[int, int]:
-    return generation._decode._cache_size(), generation._read._cache_size()
+  def count() -> list[int]:
+    kind = model.mesh.devices.flat[0].device_kind
+    return [
+      program.of_kind(kind)._cache_size()
+      for program in (generation._decode, generation._read)
+    ]
 
   model.generate('a b', max_new_tokens=4)
   before = count()

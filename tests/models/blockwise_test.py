@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from grit_jax import sharding
 from grit_jax.models import blockwise
-from grit_jax.models.blockwise import BLOCK
+from grit_jax.models.blockwise import KEYS, QUERIES
 
 # Float32 sums over some hundred keys, in blocks; numbers of size 1.
 OUT_TOLERANCE = 5e-6
@@ -24,7 +24,7 @@ BFLOAT16_TOLERANCE = 2e-2
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 2, 8
 # Queries and keys: one block, several with a rest, a cache, one query of it.
-SIZES = [(7, 7), (300, 300), (40, 300), (1, 2 * BLOCK), (300, 140)]
+SIZES = [(7, 7), (300, 600), (40, 600), (1, 2 * KEYS), (300, 140)]
 
 
 def draw(queries: int, keys: int, seed: int = 0) -> list[np.ndarray]:
@@ -123,18 +123,18 @@ def test_any_stretches_equal_float64(one_device: Mesh, queries: int, keys: int):
   assert_equals_float64(one_device, draw(queries, keys), stretches)
 
 
-@pytest.mark.parametrize('window', [1, 50, BLOCK, 300])
+@pytest.mark.parametrize('window', [1, 50, KEYS, 600])
 def test_windows_equal_float64(one_device: Mesh, window: int):
-  stretches = draw_band(300, 300, window)
-  assert_equals_float64(one_device, draw(300, 300), stretches)
+  stretches = draw_band(600, 600, window)
+  assert_equals_float64(one_device, draw(600, 600), stretches)
 
 
 def test_stretches_that_end_at_a_blocks_edge_equal_float64(one_device: Mesh):
-  ends = [(0, BLOCK - 1), (BLOCK, BLOCK), (BLOCK - 1, BLOCK), (BLOCK, 299)]
+  ends = [(0, KEYS - 1), (KEYS, KEYS), (KEYS - 1, KEYS), (KEYS, 599)]
   first, last = np.repeat(np.array(ends, 'int32')[:, :, None], 5, 2).swapaxes(
     0, 1
   )
-  assert_equals_float64(one_device, draw(5, 300), (first, last))
+  assert_equals_float64(one_device, draw(5, 600), (first, last))
 
 
 @pytest.mark.parametrize('shape', [(2, 2, 1), (1, 1, 2), (1, 2, 2)])
@@ -167,19 +167,20 @@ def test_large_scores_neither_overflow_nor_vanish(one_device: Mesh):
 
 
 def test_blocks_that_no_query_sees_are_not_read(one_device: Mesh):
-  # The first block of queries sees the first block of keys and the second
-  # one the third: nobody the second and the fourth.
-  keys = 4 * BLOCK
-  index = np.arange(2 * BLOCK)
-  first = np.where(index < BLOCK, 20, 2 * BLOCK)
-  last = np.where(index < BLOCK, BLOCK - 1, 3 * BLOCK - 1)
+  # Keys of the first block of queries begin at 20, those of the second at the
+  # third quarter: no block has the keys between them, or the last quarter.
+  index = np.arange(2 * QUERIES)
+  first = np.where(index < QUERIES, 20, 2 * KEYS)
+  last = np.where(index < QUERIES, KEYS - 1, 3 * KEYS - 1)
   stretches = [
-    np.broadcast_to(x, (ROWS, 2 * BLOCK)).astype('int32') for x in (first, last)
+    np.broadcast_to(x, (ROWS, 2 * QUERIES)).astype('int32')
+    for x in (first, last)
   ]
-  arrays = draw(2 * BLOCK, keys)
+  arrays = draw(2 * QUERIES, 4 * KEYS)
   expected = differentiate_in_float64(*arrays, *stretches)
   for x in arrays[1:3]:
-    x.reshape(*x.shape[:2], 2, 2, BLOCK, HEAD_DIM)[:, :, :, 1] = np.nan
+    x[:, :, KEYS + 20 : 2 * KEYS] = np.nan
+    x[:, :, 3 * KEYS :] = np.nan
   found = differentiate(*place(one_device, arrays, stretches))
   assert_close(found, expected, OUT_TOLERANCE, GRADIENT_TOLERANCE)
 
@@ -197,11 +198,11 @@ def test_bfloat16_gives_bfloat16_near_float64(one_device: Mesh):
 
 
 def test_sums_of_bfloat16_are_float32(one_device: Mesh):
-  # Terms of one sign in the first two blocks and of the other in the rest: a
+  # Terms of one sign in the first block and of the other in the second: a
   # sum that was rounded on its way would be off by as much as its result.
-  tokens = 4 * BLOCK
+  tokens = 2 * KEYS
   q, k, v, cotangent = draw(tokens, tokens)
-  sign = np.where(np.arange(tokens) < 2 * BLOCK, 1, -1)[:, None]
+  sign = np.where(np.arange(tokens) < KEYS, 1, -1)[:, None]
   arrays = [0 * q, k, v + sign, cotangent + sign[:, None]]
   arrays = [x.astype('bfloat16') for x in arrays]
   first = np.zeros((ROWS, tokens), 'int32')

@@ -14,7 +14,7 @@ from grit_jax.batch import Rows
 from grit_jax.config import ModelConfig
 from grit_jax.models import presets
 from grit_jax.models.attention import Kind
-from grit_jax.models.blockwise import BLOCK
+from grit_jax.models.blockwise import KEYS
 from grit_jax.models.decoder import Chunk, Decoder, KeysValues
 
 # Two float32 programs over two layers, states of size 1.
@@ -36,7 +36,7 @@ MESHES = [
 
 ROWS, LENGTH = 4, 14
 # The texts lie in two blocks of a cache.
-PLACES, MIDDLE = BLOCK + 20, BLOCK + 3
+PLACES, MIDDLE = KEYS + 20, KEYS + 3
 # What a place holds that nobody has written: it shows wherever it is read.
 UNWRITTEN = 1e3
 
