@@ -140,17 +140,17 @@ class Race:
     self.config = config = take_architecture(config, initial)
     self.pipeline = make_pipeline(config, folder, initial.tokenizer, self.mesh)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-    options = compiler_options(self.mesh.devices.flat[0])
+    self.options = compiler_options(self.mesh.devices.flat[0])
     with jax.set_mesh(self.mesh):
       model = load_model(config, initial, jax.random.key(config.seed))
       create = jax.jit(partial(create_state, optimizer), donate_argnums=0)
       self.state = create(model)
     schedule = optimizers.make_schedule(config.optimizer, config.steps)
-    self.step = make_train_step(config, optimizer, schedule, options)
+    self.step = make_train_step(config, optimizer, schedule, self.options)
     chunked = config.memory.chunk_rows > 0
     gradient = cached_gradient if chunked else one_pass_gradient
     self.gradient = jax.jit(
-      partial(gradient, config=config), compiler_options=options
+      partial(gradient, config=config), compiler_options=self.options
     )
 
   def run(self, backward_only: bool = False) -> dict[str, Any]:
@@ -207,7 +207,9 @@ class Race:
         'inputs': ('mn,kn->mk', y, w),
         'weights': ('mk,mn->kn', x, y),
       }
-      product = jax.jit(jnp.einsum, static_argnums=0)
+      product = jax.jit(
+        jnp.einsum, static_argnums=0, compiler_options=self.options
+      )
       return lambda name: product(*calls[name]).block_until_ready()
 
     return measure_products(shapes, make)
