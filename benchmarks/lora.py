@@ -145,7 +145,7 @@ def train(
   """Trains for all batches; returns the figures of that."""
   trained, frozen = load(config, initial)
   transformation = optimizer.make_optimizer(config.optimizer, config.steps)
-  options = compiler_options(jax.devices()[0])
+  options = compiler_options(jax.devices()[0].device_kind)
   step = objective.make_train_step(
     config,
     transformation,

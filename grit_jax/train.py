@@ -240,7 +240,7 @@ def _run(
     del model
 
   schedule = optimizers.make_schedule(config.optimizer, config.steps)
-  options = compiler_options(mesh.devices.flat[0])
+  options = compiler_options(mesh.devices.flat[0].device_kind)
   train_step = partial(
     make_train_step(config, optimizer, schedule, options), frozen=frozen
   )

@@ -47,9 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def compiler_options(device: jax.Device) -> dict[str, Any]:
-  """Returns the options for a device; none for a kind that needs none."""
-  return OPTIONS.get(device.device_kind, {})
+def compiler_options(device_kind: str) -> dict[str, Any]:
+  """Returns the options for a device kind; none for one that needs none."""
+  return OPTIONS.get(device_kind, {})
 
 
 def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
@@ -65,9 +65,8 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
 
   @functools.cache
   def compiled(kind: str) -> Callable[..., Any]:
-    return jax.jit(
-      function, compiler_options=OPTIONS.get(kind, {}), **arguments
-    )
+    options = compiler_options(kind)
+    return jax.jit(function, compiler_options=options, **arguments)
 
   @functools.wraps(function)
   def call(*args: Any, **kwargs: Any) -> Any:

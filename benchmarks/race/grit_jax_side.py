@@ -140,7 +140,7 @@ class Race:
     self.config = config = take_architecture(config, initial)
     self.pipeline = make_pipeline(config, folder, initial.tokenizer, self.mesh)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-    self.options = compiler_options(self.mesh.devices.flat[0])
+    self.options = compiler_options(self.mesh.devices.flat[0].device_kind)
     with jax.set_mesh(self.mesh):
       model = load_model(config, initial, jax.random.key(config.seed))
       create = jax.jit(partial(create_state, optimizer), donate_argnums=0)

@@ -48,7 +48,8 @@ def _compile(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh, topology.devices)
   sharding.validate(config, mesh)
   sizes = program.Sizes(**request['sizes'])
-  options = compiler_options(topology.devices[0]) | request['options']
+  kind = topology.devices[0].device_kind
+  options = compiler_options(kind) | request['options']
   options |= {
     'xla_dump_to': str(folder / 'dump'),
     'xla_dump_hlo_as_text': True,
@@ -62,7 +63,7 @@ def _compile(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
       folder / 'program.json',
       {
         'mesh': dict(mesh.shape),
-        'device_kind': topology.devices[0].device_kind,
+        'device_kind': kind,
         'sizes': dataclasses.asdict(sizes),
         **program.measure_flops(config, mesh, state, frozen, sizes),
         **program.describe_shapes(

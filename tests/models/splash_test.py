@@ -242,5 +242,4 @@ def test_program_for_tpus_has_the_kernels_and_no_whole_scores(window):
   program = lower_for_tpu('xla', window)
   assert not pairs.findall(program)
   # The scores of a block of queries, two heads together, and a block of keys.
-  size = blockwise.BLOCK
-  assert f'x{2 * size}x{size}xf32>' in program
+  assert f'x{2 * blockwise.QUERIES}x{blockwise.KEYS}xf32>' in program
