@@ -6,7 +6,8 @@ or to the end of its instruction. So a mask is two numbers a token, and a block
 of queries needs no keys before the least or after the greatest of them: its
 blocks of keys begin where the first key lies that it sees. Scores exist for a
 block of queries and a block of keys (Milakov and Gimelshein 2018, arXiv
-1805.02867; Dao et al. 2022, arXiv 2205.14135), forward and backward.
+1805.02867; Dao et al. 2022, arXiv 2205.14135), forward and backward. On a CPU
+they exist for few rows at a time too.
 
 The keys may be longer than the queries: a cache, of which only the part in use
 is read.
@@ -15,6 +16,7 @@ Letters: see `grit_jax.models.decoder`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,10 +25,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grit_jax.sharding import spec
 
-# Positions a block. On a CPU the scores of a block stay in the cache, and the
-# keys that short texts see who share a block of queries are mostly one block.
-# A product with 128 keys runs at half the speed of one with 256.
+# Positions a block. The keys that short texts see who share a block of queries
+# are mostly one block. On a CPU a product with 128 keys runs at half the speed
+# of one with 256.
 QUERIES, KEYS = 128, 256
+
+# Scores that exist at a time, by platform: on a CPU 2 MB, which stay in its
+# cache, or those of one row. Rows that are computed together go through the
+# keys that any of them sees. Other platforms want large products: all rows.
+SCORES = {'cpu': 2**19}
 
 # The name of what a gradient needs of the forward pass.
 KEPT = 'attended'
@@ -48,12 +55,13 @@ def attend(
   Returns:
     [B, T, N, H], in the dtype of `q`.
   """
+  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
   queries = spec('rows', 'seq', 'heads', 'head_dim')
   keys = spec('rows', 'kv_heads', 'seq', 'head_dim')
   rows = spec('rows', 'seq')
   first, last = (jax.sharding.reshard(x, rows) for x in (first, last))
   return jax.shard_map(
-    _attend_rows,
+    partial(_attend_rows, most_scores=SCORES.get(platform)),
     in_specs=(queries, keys, keys, rows, rows),
     out_specs=queries,
     # How many blocks there are differs from device to device.
@@ -62,7 +70,12 @@ def attend(
 
 
 def _attend_rows(
-  q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  most_scores: int | None,
 ) -> jax.Array:
   """`attend` on one device: pads, groups the heads, and cuts the queries."""
   rows, tokens, heads, head_dim = q.shape
@@ -70,44 +83,62 @@ def _attend_rows(
   group = heads // kv_heads
   size = min(QUERIES, tokens)
   extra = -tokens % size
+  together = rows
+  if most_scores is not None:
+    fit = most_scores // (heads * size * min(KEYS, k.shape[2]))
+    together = max(n for n in range(1, max(fit, 1) + 1) if rows % n == 0)
   q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
   first = jnp.pad(first, ((0, 0), (0, extra)), constant_values=k.shape[2])
   last = jnp.pad(last, ((0, 0), (0, extra)), constant_values=-1)
   # The query heads of a key-value head become one list of positions, so that
   # a block is one matrix product a row and key-value head.
-  q = q.reshape(rows, -1, size, kv_heads, group, head_dim)
-  q = q.transpose(1, 0, 3, 4, 2, 5)
-  q = q.reshape(-1, rows, kv_heads, group * size, head_dim)
-  first = jnp.swapaxes(first.reshape(rows, -1, size), 0, 1)
-  last = jnp.swapaxes(last.reshape(rows, -1, size), 0, 1)
-  out = _attend_blocks(q, k, v, first, last)
-  out = out.reshape(-1, rows, kv_heads, group, size, head_dim)
-  out = out.transpose(1, 0, 4, 2, 3, 5)
+  parts = rows // together, together, (tokens + extra) // size
+  q = q.reshape(*parts, size, kv_heads, group, head_dim)
+  q = q.transpose(0, 2, 1, 4, 5, 3, 6)
+  q = q.reshape(-1, together, kv_heads, group * size, head_dim)
+  first, last = (
+    jnp.swapaxes(x.reshape(*parts, size), 1, 2).reshape(-1, together, size)
+    for x in (first, last)
+  )
+  row = jnp.repeat(jnp.arange(0, rows, together), parts[2])
+  out = _attend_blocks(q, k, v, _Queries(row, first, last))
+  out = out.reshape(
+    parts[0], parts[2], together, kv_heads, group, size, head_dim
+  )
+  out = out.transpose(0, 2, 1, 5, 3, 4, 6)
   return out.reshape(rows, -1, heads, head_dim)[:, :tokens]
+
+
+class _Queries(NamedTuple):
+  """What blocks of queries see: of `b` rows, `size` queries each."""
+
+  row: jax.Array  # int32 [blocks], the first of the rows.
+  first: jax.Array  # int32 [blocks, b, size]
+  last: jax.Array  # int32 [blocks, b, size]
 
 
 @jax.custom_vjp
 def _attend_blocks(
-  q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array
+  q: jax.Array, k: jax.Array, v: jax.Array, sees: _Queries
 ) -> jax.Array:
   """Attends block by block.
 
   Args:
-    q: [blocks, B, K, G * size, H].
+    q: [blocks, b, K, G * size, H].
     k: [B, K, S, H].
     v: [B, K, S, H].
-    first: int32 [blocks, B, size].
-    last: int32 [blocks, B, size].
+    sees: of each block.
 
   Returns:
     As `q`.
   """
-  return _forward(q, k, v, first, last)[0]
+  return _forward(q, k, v, sees)[0]
 
 
 class _Keys(NamedTuple):
-  """A block of keys."""
+  """A block of keys, for one of queries."""
 
+  sees: _Queries
   # Its first place; the last block ends where the keys end, and so may begin
   # among those of the block before it, which are not its own.
   start: jax.Array
@@ -115,39 +146,39 @@ class _Keys(NamedTuple):
   size: int
 
   def take(self, x: jax.Array) -> jax.Array:
-    """Returns the block's part of [B, K, S, H]."""
-    return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=2)
+    """Returns the block's part of [B, K, S, H], [b, K, size, H]."""
+    sizes = self.sees.first.shape[0], x.shape[1], self.size, x.shape[3]
+    return jax.lax.dynamic_slice(x, self._corner(), sizes)
 
   def add_to(self, x: jax.Array, block: jax.Array) -> jax.Array:
     """Adds the block's part to [B, K, S, H]."""
     block = self.take(x) + block
-    return jax.lax.dynamic_update_slice_in_dim(x, block, self.start, axis=2)
+    return jax.lax.dynamic_update_slice(x, block, self._corner())
 
-  def mask(self, first: jax.Array, last: jax.Array, group: int) -> jax.Array:
-    """Returns who sees which of its keys, bool [B, 1, G * queries, size]."""
+  def _corner(self) -> tuple:
+    return self.sees.row, 0, self.start, 0
+
+  def mask(self, group: int) -> jax.Array:
+    """Returns who sees which of its keys, bool [b, 1, G * queries, size]."""
     places = self.start + jnp.arange(self.size)
-    first = jnp.maximum(first, self.own)
-    seen = (first[..., None] <= places) & (places <= last[..., None])
+    first = jnp.maximum(self.sees.first, self.own)
+    seen = (first[..., None] <= places) & (places <= self.sees.last[..., None])
     return jnp.tile(seen, (1, group, 1))[:, None]
 
 
 def _loop_over_keys(
-  add: Callable[[_Keys, tuple], tuple],
-  carry: tuple,
-  keys: int,
-  first: jax.Array,
-  last: jax.Array,
+  add: Callable[[_Keys, tuple], tuple], carry: tuple, keys: int, sees: _Queries
 ) -> tuple:
-  """Goes through the blocks of `keys` keys that some query sees."""
+  """Goes through the blocks of `keys` keys that a block of queries sees."""
   size = min(KEYS, keys)
-  seen = first <= last
-  start = jnp.where(seen, first, keys).min()
-  stop = jnp.where(seen, last, -1).max() + 1
+  any_seen = sees.first <= sees.last
+  start = jnp.where(any_seen, sees.first, keys).min()
+  stop = jnp.where(any_seen, sees.last, -1).max() + 1
   blocks = (jnp.maximum(stop - start, 0) + size - 1) // size
 
   def step(number: jax.Array, carry: tuple) -> tuple:
     own = start + number * size
-    return add(_Keys(jnp.minimum(own, keys - size), own, size), carry)
+    return add(_Keys(sees, jnp.minimum(own, keys - size), own, size), carry)
 
   return jax.lax.fori_loop(0, blocks, step, carry)
 
@@ -164,17 +195,17 @@ def _sum_values(weights: jax.Array, v: jax.Array) -> jax.Array:
   )  # fmt: skip
 
 
-def _forward(q, k, v, first, last):
+def _forward(q, k, v, sees):
   """Returns the result, and the logarithm of each softmax's denominator."""
-  group = q.shape[3] // first.shape[2]
+  group = q.shape[3] // sees.first.shape[2]
 
   def attend_block(_: None, block: tuple) -> tuple[None, tuple]:
-    q, first, last = block
+    q, sees = block
 
     def add(keys: _Keys, carry: tuple) -> tuple:
       greatest, total, out = carry
       scores = _score(q, keys.take(k))
-      scores = jnp.where(keys.mask(first, last, group), scores, -jnp.inf)
+      scores = jnp.where(keys.mask(group), scores, -jnp.inf)
       # Finite also where nothing has been seen yet: -inf less -inf is NaN.
       new = jnp.maximum(greatest, scores.max(axis=-1, keepdims=True))
       weights = jnp.exp(scores - new)
@@ -185,35 +216,36 @@ def _forward(q, k, v, first, last):
     least = jnp.full((*q.shape[:3], 1), jnp.finfo(jnp.float32).min)
     zero = jnp.zeros_like(least)
     carry = least, zero, jnp.zeros(q.shape, jnp.float32)
-    greatest, total, out = _loop_over_keys(add, carry, k.shape[2], first, last)
+    greatest, total, out = _loop_over_keys(add, carry, k.shape[2], sees)
     total = jnp.where(total > 0, total, 1.0)
     return None, ((out / total).astype(q.dtype), greatest + jnp.log(total))
 
-  _, (out, normaliser) = jax.lax.scan(attend_block, None, (q, first, last))
+  _, (out, normaliser) = jax.lax.scan(attend_block, None, (q, sees))
   return out, normaliser
 
 
-def _forward_to_keep(q, k, v, first, last):
-  out, normaliser = checkpoint_name(_forward(q, k, v, first, last), KEPT)
-  return out, (q, k, v, first, last, out, normaliser)
+def _forward_to_keep(q, k, v, sees):
+  out, normaliser = checkpoint_name(_forward(q, k, v, sees), KEPT)
+  return out, (q, k, v, sees, out, normaliser)
 
 
 def _backward(kept, out_gradient):
-  q, k, v, first, last, out, normaliser = kept
-  group = q.shape[3] // first.shape[2]
+  q, k, v, sees, out, normaliser = kept
+  group = q.shape[3] // sees.first.shape[2]
+  # Each softmax's gradient has the weighted mean of the values' taken off. In
+  # the loop over blocks it would be computed for each block of keys.
+  mean = (out.astype(jnp.float32) * out_gradient.astype(jnp.float32)).sum(
+    axis=-1, keepdims=True
+  )
 
   def add_block(sums: tuple, block: tuple) -> tuple:
-    q, first, last, out, normaliser, out_gradient = block
-    # Each softmax's gradient has the weighted mean of the values' taken off.
-    mean = (out.astype(jnp.float32) * out_gradient.astype(jnp.float32)).sum(
-      axis=-1, keepdims=True
-    )
+    q, sees, mean, normaliser, out_gradient = block
 
     def add(keys: _Keys, carry: tuple) -> tuple:
       q_sum, k_sum, v_sum = carry
       k_block = keys.take(k)
       weights = jnp.exp(_score(q, k_block) - normaliser)
-      weights = jnp.where(keys.mask(first, last, group), weights, 0.0)
+      weights = jnp.where(keys.mask(group), weights, 0.0)
       by_weight = _score(out_gradient, keys.take(v))
       by_score = (weights * (by_weight - mean)).astype(q.dtype)
       weights = weights.astype(q.dtype)
@@ -224,16 +256,14 @@ def _backward(kept, out_gradient):
       )
 
     carry = jnp.zeros(q.shape, jnp.float32), *sums
-    q_sum, *sums = _loop_over_keys(add, carry, k.shape[2], first, last)
+    q_sum, *sums = _loop_over_keys(add, carry, k.shape[2], sees)
     return tuple(sums), q_sum.astype(q.dtype)
 
   zeros = jnp.zeros(k.shape, jnp.float32)
   (k_sum, v_sum), q_sum = jax.lax.scan(
-    add_block,
-    (zeros, zeros),
-    (q, first, last, out, normaliser, out_gradient),
+    add_block, (zeros, zeros), (q, sees, mean, normaliser, out_gradient)
   )
-  return q_sum, k_sum.astype(k.dtype), v_sum.astype(v.dtype), None, None
+  return q_sum, k_sum.astype(k.dtype), v_sum.astype(v.dtype), None
 
 
 def _sum_queries(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ from grit_jax.models.lora import (
   split_trained,
 )
 from grit_jax.models.moe import MoE, RouterStatistics
-from grit_jax.models.projections import AXES
+from grit_jax.models.projections import AXES, multiply
 from grit_jax.models.weights import INIT_SCALE, draw_weight, output_scale
 from grit_jax.sharding import (
   gather,
@@ -157,7 +157,7 @@ class Attention(nnx.Module):
   ) -> jax.Array:
     """Maps what the heads read, [B, T, N, H], to [B, T, D]."""
     x = x.reshape(*x.shape[:2], -1, out_sharding=spec('rows', 'seq', 'heads'))
-    return project(self, 'o', x, dropout, spec('rows', 'seq', 'embed'))
+    return project(self, 'o', x, dropout)
 
 
 class MLP(nnx.Module):
@@ -178,7 +178,7 @@ class MLP(nnx.Module):
     """Maps [B, T, D] to [B, T, D]."""
     hidden = jax.nn.silu(project(self, 'gate', x, dropout))
     hidden = hidden * project(self, 'up', x, dropout)
-    return project(self, 'down', hidden, dropout, spec('rows', 'seq', 'embed'))
+    return project(self, 'down', hidden, dropout)
 
 
 class Block(nnx.Module):
@@ -476,9 +476,7 @@ class Decoder(nnx.Module):
 
     The padding's columns are the least float, so no softmax sees them.
     """
-    logits = jnp.einsum(
-      'btd,dv->btv', hidden, head, preferred_element_type=jnp.float32
-    )
+    logits = multiply(hidden, head, 'embed', 'vocab', jnp.float32)
     if head.shape[1] == self.config.vocab_size:
       return logits
     real = jnp.arange(head.shape[1]) < self.config.vocab_size

@@ -14,7 +14,6 @@ and gathered; and it adds nothing to grouped products of experts.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from grit_jax.models.projections import (
   AXES,
   axis_sizes,
   find_part,
+  multiply,
   projection_axes,
 )
 from grit_jax.sharding import gather, spec, weight_spec
@@ -77,7 +77,6 @@ def project(
   name: str,
   x: jax.Array,
   dropout: Dropout | None = None,
-  out_sharding: jax.sharding.PartitionSpec | None = None,
 ) -> jax.Array:
   """Applies a projection, and its adapter if it has one.
 
@@ -86,16 +85,14 @@ def project(
     name: One of `projections.AXES`.
     x: [B, T, I].
     dropout: Of a step of training; None: nothing is dropped.
-    out_sharding: Of the result, where it is not that of its factors.
 
   Returns:
     [B, T, O].
   """
   dtype = module.config.dtype
   inputs, outputs = AXES[name]
-  multiply = partial(jnp.einsum, out_sharding=out_sharding)
   weight = gather(getattr(module, name)[...], inputs, outputs, dtype=dtype)
-  y = multiply('bti,io->bto', x, weight)
+  y = multiply(x, weight, inputs, outputs)
   if name not in module.adapters:
     return y
   adapter = module.adapters[name]
@@ -104,10 +101,8 @@ def project(
       x = drop(x, name, adapter.dropout, dropout)
     a = gather(adapter.a[...], inputs, 'rank', dtype=dtype)
     b = gather(adapter.scaled_b(), outputs, 'rank', dtype=dtype)
-    low = jnp.einsum(
-      'bti,ir->btr', x, a, out_sharding=spec('rows', 'seq', 'rank')
-    )
-    return y + multiply('btr,or->bto', low, b)
+    low = multiply(x, a, inputs, 'rank')
+    return y + multiply(low, b.T, 'rank', outputs)
 
 
 def drop(x: jax.Array, name: str, rate: float, dropout: Dropout) -> jax.Array:

@@ -185,6 +185,39 @@ def test_blocks_that_no_query_sees_are_not_read(one_device: Mesh):
   assert_close(found, expected, OUT_TOLERANCE, GRADIENT_TOLERANCE)
 
 
+@pytest.mark.parametrize('together', [1, 2, 3, ROWS])
+def test_any_number_of_rows_at_a_time_equals_float64(
+  monkeypatch: pytest.MonkeyPatch, one_device: Mesh, together: int
+):
+  scores = together * HEADS * QUERIES * KEYS
+  monkeypatch.setitem(blockwise.SCORES, 'cpu', scores)
+  arrays, stretches = draw(150, 300), draw_stretches(150, 300)
+  # Not the program that other tests have compiled.
+  compute = jax.jit(differentiate.__wrapped__)
+  found = compute(*place(one_device, arrays, stretches))
+  expected = differentiate_in_float64(*arrays, *stretches)
+  assert_close(found, expected, OUT_TOLERANCE, GRADIENT_TOLERANCE)
+
+
+def test_keys_that_other_rows_alone_see_are_not_read_with_one_row_at_a_time(
+  monkeypatch: pytest.MonkeyPatch, one_device: Mesh
+):
+  monkeypatch.setitem(blockwise.SCORES, 'cpu', 1)
+  # Row i sees the i-th block of keys, and its other keys are not numbers.
+  own = KEYS * np.arange(ROWS, dtype='int32')[:, None]
+  first = np.broadcast_to(own, (ROWS, QUERIES))
+  stretches = first, first + KEYS - 1
+  arrays = draw(QUERIES, ROWS * KEYS)
+  expected = differentiate_in_float64(*arrays, *stretches)
+  for x in arrays[1:3]:
+    for row in range(ROWS):
+      x[row, :, : KEYS * row] = np.nan
+      x[row, :, KEYS * (row + 1) :] = np.nan
+  compute = jax.jit(differentiate.__wrapped__)
+  found = compute(*place(one_device, arrays, stretches))
+  assert_close(found, expected, OUT_TOLERANCE, GRADIENT_TOLERANCE)
+
+
 def test_bfloat16_gives_bfloat16_near_float64(one_device: Mesh):
   arrays = [x.astype('bfloat16') for x in draw(300, 300)]
   stretches = draw_stretches(300, 300)
