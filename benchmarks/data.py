@@ -146,7 +146,10 @@ def measure_steps(
   start, wall = time.process_time(), time.perf_counter()
   for _ in range(_STEPS.value):
     batch = next(iterator).batch
-    rows = [len(batch.embedding.pooled), len(batch.generative.loss_weights)]
+    rows = [
+      len(batch.embedding.rows.tokens),
+      len(batch.generative.loss_weights),
+    ]
     computed += np.array(rows) * _HOSTS.value * config.data.row_length
   seconds, wall = time.process_time() - start, time.perf_counter() - wall
   # Apart from what is timed: a run plans a step once when it builds it.

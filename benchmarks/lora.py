@@ -231,7 +231,9 @@ def embed(model: Decoder, batch: Batch, config: Config) -> jax.Array:
   """Returns the embeddings of a batch's texts, of length 1."""
   rows = batch.embedding
   [hidden] = model([rows.rows], [embedding_kind(config.model.attention)])
-  pooled = objective.pool_texts(model, hidden, rows, config.data.max_segments)
+  pooled = objective.pool_texts(
+    model, hidden, rows.rows, config.data.max_segments
+  )
   flat = pooled.reshape(
     -1, pooled.shape[-1], out_sharding=sharding.spec('rows', None)
   )

@@ -27,7 +27,6 @@ class EmbeddingRows:
   """Queries and passages, together in rows."""
 
   rows: Rows
-  pooled: jax.Array  # bool [R, T], the tokens of the text alone
   # Which row and segment holds a text: row * max_segments + segment - 1.
   query_slots: jax.Array  # int32 [Q]
   passage_slots: jax.Array  # int32 [Q, G], the positive first

@@ -51,14 +51,14 @@ def create_state(
 
 
 def pool_texts(
-  model: Decoder, hidden: jax.Array, batch: EmbeddingRows, max_segments: int
+  model: Decoder, hidden: jax.Array, rows: Rows, max_segments: int
 ) -> jax.Array:
   """Returns the embeddings of a stream's texts, float32 [R, M, D].
 
   They are not normalised; M is `max_segments`.
   """
   with jax.named_scope('pool'):
-    pooled = pooling.pool(hidden, batch, model.config.pooling, max_segments)
+    pooled = pooling.pool(hidden, rows, model.config.pooling, max_segments)
     return model.project(pooled)
 
 
@@ -188,7 +188,7 @@ def one_pass_loss(
   loss, metrics = router_loss(statistics, names, config)
   if batch.embedding is not None:
     pooled = pool_texts(
-      model, hidden[0], batch.embedding, config.data.max_segments
+      model, hidden[0], batch.embedding.rows, config.data.max_segments
     )
     loss_rep, metrics_rep = representation_loss(pooled, batch.embedding, config)
     loss += config.objective.embedding_weight * loss_rep
@@ -285,17 +285,15 @@ def _cached_representation_gradient(
   def encode(model: Decoder, index: jax.Array) -> tuple:
     model = join_trained(model, frozen)
     dropout = _dropout(key, 0, index * size + jnp.arange(size), config)
-    chunk = dataclasses.replace(
-      batch, rows=_chunk(batch.rows, index), pooled=_chunk(batch.pooled, index)
-    )
+    rows = _chunk(batch.rows, index)
     [hidden], statistics = model.run(
-      [chunk.rows],
+      [rows],
       [kind],
       config.memory.remat,
       config.attention_kernel,
       None if dropout is None else [dropout],
     )
-    return pool_texts(model, hidden, chunk, max_segments), statistics
+    return pool_texts(model, hidden, rows, max_segments), statistics
 
   def keep(index: jax.Array, carry: tuple) -> tuple:
     cache, total = carry

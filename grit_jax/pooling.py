@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from grit_jax.batch import EmbeddingRows
+from grit_jax.batch import Rows
 
 
-def token_weights(batch: EmbeddingRows, pooling: str) -> jax.Array:
+def token_weights(rows: Rows, pooling: str) -> jax.Array:
   """Returns each token's weight in its text's pooled state.
 
   Args:
-    batch: rows of texts; `pooled` marks the tokens without the instruction.
+    rows: texts, of which the tokens are pooled that are not instruction.
     pooling: `mean`: all alike. `weightedmean`: 1, 2, 3, ... along the text
       (SGPT, arXiv 2202.08904, eq. 3). `cls`: the first token of the prompt.
       `lasttoken`: the last token of the text.
@@ -18,7 +18,7 @@ def token_weights(batch: EmbeddingRows, pooling: str) -> jax.Array:
   Returns:
     float32 [R, T], not normalised; 0 on padding.
   """
-  rows, pooled = batch.rows, batch.pooled
+  pooled = (rows.segments > 0) & ~rows.in_instruction
   if pooling == 'mean':
     weights = pooled
   elif pooling == 'weightedmean':
@@ -36,7 +36,7 @@ def token_weights(batch: EmbeddingRows, pooling: str) -> jax.Array:
 
 
 def pool(
-  hidden: jax.Array, batch: EmbeddingRows, pooling: str, max_segments: int
+  hidden: jax.Array, rows: Rows, pooling: str, max_segments: int
 ) -> jax.Array:
   """Averages the hidden states of each segment by `token_weights`.
 
@@ -45,17 +45,17 @@ def pool(
 
   Args:
     hidden: [R, T, D].
-    batch: the rows.
+    rows: the texts.
     pooling: see `token_weights`.
     max_segments: M, segments a row at most.
 
   Returns:
     float32 [R, M, D]; 0 for a segment that the row does not have.
   """
-  weights = token_weights(batch, pooling)
+  weights = token_weights(rows, pooling)
   segment = jnp.arange(1, max_segments + 1)
   selected = jnp.where(
-    batch.rows.segments[:, :, None] == segment, weights[:, :, None], 0.0
+    rows.segments[:, :, None] == segment, weights[:, :, None], 0.0
   )
   total = selected.sum(axis=1)[:, :, None]
   pooled = jnp.einsum(

@@ -204,7 +204,7 @@ def test_representation_loss_is_that_of_the_texts_in_the_slots(negatives):
     right.append(positive == others.max())
   nothing = np.zeros((8, 4), bool)
   rows = EmbeddingRows(
-    nothing, nothing, slots[:, 0], slots[:, 1:], scored.reshape(5, 15),
+    nothing, slots[:, 0], slots[:, 1:], scored.reshape(5, 15),
     np.int32(0),
   )  # fmt: skip
   with jax.set_mesh(mesh):
@@ -364,7 +364,7 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
       batch = place_batch(mesh, host.batch)
       shapes.add(
         (
-          batch.embedding.pooled.shape,
+          batch.embedding.rows.tokens.shape,
           batch.generative.loss_weights.shape,
         )
       )

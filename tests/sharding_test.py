@@ -68,12 +68,11 @@ def streams(pack: Callable) -> tuple[EmbeddingRows, GenerativeRows]:
   """Eight rows of texts and sixteen of conversations, on the host."""
   first = pack(*['iitt|itt', 'ttttt|itt'] * 4, length=10, seed=1)
   second = pack(*['iittt', 'itt|iitt', 'ttttttttt', 't'] * 4, length=10, seed=2)
-  pooled = (first.segments > 0) & ~first.in_instruction
   none = np.zeros((0,), np.int32)
   weights = np.random.default_rng(0).random(second.tokens.shape)
   weights = (weights * (second.positions > 0)).astype(np.float32)
   return (
-    EmbeddingRows(first, pooled, none, none, none, np.int32(0)),
+    EmbeddingRows(first, none, none, none, np.int32(0)),
     GenerativeRows(second, weights, np.int32(0)),
   )
 
@@ -94,7 +93,7 @@ def loss(
     [Kind.BIDIRECTIONAL, Kind.CAUSAL],
     remat='full',
   )
-  pooled = pool(states[0], embedding, 'mean', 2)
+  pooled = pool(states[0], embedding.rows, 'mean', 2)
   return jnp.sin(pooled).sum() + losses.next_token_loss(
     model, states[1], generative
   )

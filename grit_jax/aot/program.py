@@ -76,7 +76,7 @@ def abstract_batch(config: Config, mesh: Mesh, sizes: Sizes) -> Batch:
   }
   dtypes = {
     'tokens': 'int32', 'segments': 'int32', 'positions': 'int32',
-    'in_instruction': 'bool', 'pooled': 'bool', 'loss_weights': 'float32',
+    'in_instruction': 'bool', 'loss_weights': 'float32',
   }  # fmt: skip
 
   def make(kind: type, rows: int) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grit_jax.batch import Rows
+from grit_jax.data.formats import Conversation, EmbeddingText
 from grit_jax.data.packing import Packing
 
 
@@ -101,3 +102,13 @@ class Filler:
       self(self.positions, np.int32),
       self(in_instruction, bool),
     )
+
+
+def fill_texts(
+  fill: Filler, texts: Sequence[EmbeddingText | Conversation]
+) -> Rows:
+  """Returns what the decoder reads, of the texts of `fill.texts`."""
+  return fill.rows(
+    [text.ids for text in texts],
+    fill.join([text.in_instruction for text in texts], bool),
+  )

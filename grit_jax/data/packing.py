@@ -1,6 +1,7 @@
 """Texts into rows: best-fit-decreasing bin packing."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,6 +21,25 @@ class Packing:
   segments: np.ndarray
   offsets: np.ndarray
   num_rows: int
+
+  def cut(self, rows: int) -> Iterator[tuple[np.ndarray, 'Packing']]:
+    """Cuts the rows into parts of `rows` rows, the last of what is left.
+
+    Yields:
+      The texts of a part, ascending, and where they lie in it.
+    """
+    for start in range(0, self.num_rows, rows):
+      inside = (self.rows >= start) & (self.rows < start + rows)
+      texts = np.flatnonzero(inside)
+      yield (
+        texts,
+        Packing(
+          self.rows[texts] - start,
+          self.segments[texts],
+          self.offsets[texts],
+          min(rows, self.num_rows - start),
+        ),
+      )
 
 
 def pack(lengths: np.ndarray, row_length: int, max_segments: int) -> Packing:

@@ -156,7 +156,6 @@ class Pipeline:
     slots = (slots + plan.packing.segments - 1).reshape(plan.texts.shape)
     return batches.EmbeddingRows(
       rows,
-      (rows.segments > 0) & ~rows.in_instruction,
       slots[:, 0],
       slots[:, 1:],
       self.plan.scored(plan),

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from grit_jax import losses, objective, pooling, xla_options
-from grit_jax.batch import EmbeddingRows, GenerativeRows, Rows
+from grit_jax.batch import GenerativeRows, Rows
 from grit_jax.config import Config
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
-from grit_jax.data.filling import Filler, RowShards
+from grit_jax.data.filling import Filler, RowShards, fill_texts
 from grit_jax.data.formats import Conversation, EmbeddingText
 from grit_jax.data.packing import Packing, pack
 from grit_jax.data.pipeline import place_batch
@@ -137,18 +137,9 @@ class HeldOutEvaluation:
     """Returns the texts' embeddings, float32 [texts, D] of length 1."""
     encoded: list[np.ndarray | None] = [None] * len(texts)
     for members, packing, fill in self._pack([text.ids for text in texts]):
-      rows = _fill_rows(fill, [texts[i] for i in members[fill.texts]])
-      nothing = np.zeros((0,), np.int32)
-      batch = EmbeddingRows(
-        rows,
-        (rows.segments > 0) & ~rows.in_instruction,
-        nothing,
-        nothing[:, None],
-        np.zeros((0, 0), bool),
-        np.int32(0),
-      )
+      rows = fill_texts(fill, [texts[i] for i in members[fill.texts]])
       found = np.asarray(
-        _embed(self.config, model, place_batch(self.mesh, batch))
+        _embed(self.config, model, place_batch(self.mesh, rows))
       )
       for i, row, segment in zip(
         members, packing.rows, packing.segments, strict=True
@@ -163,7 +154,7 @@ class HeldOutEvaluation:
       own = [texts[i] for i in members[fill.texts]]
       in_loss = fill.join([text.in_loss for text in own], bool)
       batch = GenerativeRows(
-        _fill_rows(fill, own), fill(in_loss, np.float32), np.int32(0)
+        fill_texts(fill, own), fill(in_loss, np.float32), np.int32(0)
       )
       total += float(
         _loss_sum(self.config, model, place_batch(self.mesh, batch))
@@ -182,15 +173,7 @@ class HeldOutEvaluation:
     data, rows = self.config.data, self.config.evaluation.rows
     lengths = np.array([len(text) for text in ids])
     packing = pack(lengths, data.row_length, data.max_segments)
-    for start in range(0, packing.num_rows, rows):
-      inside = (packing.rows >= start) & (packing.rows < start + rows)
-      members = np.flatnonzero(inside)
-      part = Packing(
-        packing.rows[members] - start,
-        packing.segments[members],
-        packing.offsets[members],
-        rows,
-      )
+    for members, part in packing.cut(rows):
       yield (
         members,
         part,
@@ -217,13 +200,13 @@ class HeldOutEvaluation:
 
 
 @partial(xla_options.jit, static_argnums=0)
-def _embed(config: Config, model: Decoder, batch: EmbeddingRows) -> jax.Array:
+def _embed(config: Config, model: Decoder, rows: Rows) -> jax.Array:
   [hidden] = model(
-    [batch.rows],
+    [rows],
     [embedding_kind(config.model.attention)],
     kernel=config.attention_kernel,
   )
-  pooled = objective.pool_texts(model, hidden, batch, config.data.max_segments)
+  pooled = objective.pool_texts(model, hidden, rows, config.data.max_segments)
   # Every process reads all of them.
   return jax.sharding.reshard(pooling.normalise(pooled), jax.P())
 
@@ -238,15 +221,6 @@ def _loss_sum(
     kernel=config.attention_kernel,
   )
   return losses.next_token_loss(model, hidden, batch)
-
-
-def _fill_rows(
-  fill: Filler, texts: Sequence[EmbeddingText | Conversation]
-) -> Rows:
-  return fill.rows(
-    [text.ids for text in texts],
-    fill.join([text.in_instruction for text in texts], bool),
-  )
 
 
 def _sample(datasets: Sequence[Any], count: int) -> list:

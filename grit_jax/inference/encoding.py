@@ -11,15 +11,15 @@ from absl import logging
 from tqdm import tqdm
 
 from grit_jax import objective, pooling, xla_options
-from grit_jax.batch import EmbeddingRows, Rows
+from grit_jax.batch import Rows
 from grit_jax.config import Config
-from grit_jax.data.filling import Filler, RowShards
+from grit_jax.data.filling import Filler, RowShards, fill_texts
 from grit_jax.data.formats import EmbeddingText, mark_embedding
 from grit_jax.data.packing import Packing, pack
 from grit_jax.data.pipeline import place_batch
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.cache import KVCache
-from grit_jax.inference.shapes import round_up
+from grit_jax.inference.shapes import round_rows, round_up
 from grit_jax.models.attention import embedding_kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.sharding import row_shards
@@ -139,9 +139,9 @@ class Encoder:
   ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[KVCache | None]]]:
     """Encodes tokens; yields which texts, their embeddings and their caches."""
     pending: collections.deque = collections.deque()
-    for members, packing, batch, segments in self._pack(texts, request):
+    for members, packing, rows, segments in self._pack(texts, request):
       result = _embed(
-        self.config, self.model, place_batch(jax.sharding.get_mesh(), batch),
+        self.config, self.model, place_batch(jax.sharding.get_mesh(), rows),
         segments, request.normalized, request.get_cache,
       )  # fmt: skip
       pending.append((members, packing, result))
@@ -180,8 +180,9 @@ class Encoder:
 
   def _pack(
     self, texts: Sequence[EmbeddingText], request: Request
-  ) -> Iterator[tuple[np.ndarray, Packing, EmbeddingRows, int]]:
-    """Packs texts into calls; yields the texts of one, and its batch."""
+  ) -> Iterator[tuple[np.ndarray, Packing, Rows, int]]:
+    """Packs texts into calls; yields the texts of one, and its rows."""
+    shards = row_shards(jax.sharding.get_mesh())
     lengths = np.array([len(text.ids) for text in texts])
     for group in (
       np.flatnonzero(lengths > USUAL_ROW),
@@ -196,20 +197,14 @@ class Encoder:
       segments = length // TOKENS_A_TEXT
       packing = pack(lengths[group], length, segments)
       call = self._rows_a_call(length, request)
-      for start in range(0, packing.num_rows, call):
-        inside = (packing.rows >= start) & (packing.rows < start + call)
-        members = np.flatnonzero(inside)
-        shards = row_shards(jax.sharding.get_mesh())
-        rows = min(packing.num_rows - start, call)
-        part = Packing(
-          packing.rows[members] - start,
-          packing.segments[members],
-          packing.offsets[members],
-          min(call, shards * round_up(-(-rows // shards))),
-        )
-        members = group[members]
-        batch = _fill(part, [texts[i] for i in members], length, shards)
-        yield members, part, batch, segments
+      for inside, part in packing.cut(call):
+        members = group[inside]
+        fill = Filler(
+          part, lengths[members], round_rows(part.num_rows, shards, call),
+          length, 0, RowShards.whole(shards),
+        )  # fmt: skip
+        own = [texts[i] for i in members]
+        yield members, part, fill_texts(fill, own), segments
 
   def _rows_a_call(self, length: int, request: Request) -> int:
     """Returns the rows of a full call, a multiple of the shards."""
@@ -237,39 +232,19 @@ def round_length(tokens: int) -> int:
   return max(LEAST_ROW, -(-tokens // step) * step)
 
 
-def _fill(
-  packing: Packing, texts: Sequence[EmbeddingText], length: int, shards: int
-) -> EmbeddingRows:
-  lengths = np.array([len(text.ids) for text in texts])
-  fill = Filler(
-    packing, lengths, packing.num_rows, length, 0, RowShards.whole(shards)
-  )
-  in_instruction = fill.join([text.in_instruction for text in texts], bool)
-  rows: Rows = fill.rows([text.ids for text in texts], in_instruction)
-  nothing = np.zeros((0,), np.int32)
-  return EmbeddingRows(
-    rows,
-    (rows.segments > 0) & ~rows.in_instruction,
-    nothing,
-    nothing[:, None],
-    np.zeros((0, 0), bool),
-    np.int32(0),
-  )
-
-
 @partial(xla_options.jit, static_argnums=(0, 3, 4, 5))
 def _embed(
   config: Config,
   model: Decoder,
-  batch: EmbeddingRows,
+  rows: Rows,
   segments: int,
   normalized: bool,
   get_cache: bool,
 ) -> tuple[jax.Array, list]:
   """Returns [R, M, D], and of each layer keys and values, [R, T, K, H]."""
   kind = embedding_kind(config.model.attention)
-  hidden, layers = model.run_to_cache(batch.rows, kind, config.attention_kernel)
-  pooled = objective.pool_texts(model, hidden, batch, segments)
+  hidden, layers = model.run_to_cache(rows, kind, config.attention_kernel)
+  pooled = objective.pool_texts(model, hidden, rows, segments)
   if normalized:
     pooled = pooling.normalise(pooled)
   return pooled, layers if get_cache else []

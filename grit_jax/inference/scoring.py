@@ -27,7 +27,7 @@ from grit_jax.inference.encoding import (
   USUAL_ROW,
   WINDOW,
 )
-from grit_jax.inference.shapes import round_up
+from grit_jax.inference.shapes import round_rows, round_up
 from grit_jax.models.attention import generative_kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.sharding import place_rows, row_shards
@@ -152,25 +152,17 @@ class Scorer:
       length = round_up(int(lengths[fits].max()), LEAST_ROW)
       packing = pack(lengths[fits], length, length)
       call = max(1, call_tokens // length // shards) * shards
-      for start in range(0, packing.num_rows, call):
-        inside = np.flatnonzero(
-          (packing.rows >= start) & (packing.rows < start + call)
-        )
-        count = min(packing.num_rows - start, call)
-        part = Packing(
-          packing.rows[inside] - start,
-          packing.segments[inside],
-          packing.offsets[inside],
-          min(call, shards * round_up(-(-count // shards))),
-        )
+      for inside, part in packing.cut(call):
         members = [groups[i] for i in fits[inside]]
-        yield from self._call(candidates, members, part, length)
+        rows = round_rows(part.num_rows, shards, call)
+        yield from self._call(candidates, members, part, rows, length)
 
   def _call(
     self,
     candidates: Sequence[Candidate],
     members: Sequence[list[int]],
     packing: Packing,
+    num_rows: int,
     length: int,
   ) -> Iterator[tuple[int, Score]]:
     """Runs one call's rows, and sums its candidates' tokens."""
@@ -179,18 +171,18 @@ class Scorer:
     heads = [candidates[group[0]] for group in members]
     fill = Filler(
       packing, np.array([len(head.ids) - 1 for head in heads]),
-      packing.num_rows, length, 0, RowShards.whole(shards),
+      num_rows, length, 0, RowShards.whole(shards),
     )  # fmt: skip
     rows: Rows = fill.rows(
       [head.ids[:-1] for head in heads],
       fill.join([head.in_instruction[:-1] for head in heads], bool),
     )
-    places, targets, spans = _predict(candidates, members, packing)
+    places, targets, spans = _predict(candidates, members, packing, num_rows)
     log_probabilities, best = jax.device_get(
       _predict_tokens(
         self.config, self.model, place_batch(mesh, rows),
         place_rows(mesh, places), place_rows(mesh, targets),
-        max(1, LOGIT_TOKENS * shards // packing.num_rows),
+        max(1, LOGIT_TOKENS * shards // num_rows),
       )
     )  # fmt: skip
     for number, row, start, stop in spans:
@@ -209,6 +201,7 @@ def _predict(
   candidates: Sequence[Candidate],
   members: Sequence[list[int]],
   packing: Packing,
+  num_rows: int,
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int, int]]]:
   """Lays out which states of a call predict which tokens.
 
@@ -216,7 +209,7 @@ def _predict(
     int32 [R, K], the places in the row, and the tokens, of K predictions a row
     at most; and of each candidate its number, its row, and its predictions.
   """
-  used = [0] * packing.num_rows
+  used = [0] * num_rows
   spans, found = [], []
   for group, row, offset in zip(
     members, packing.rows.tolist(), packing.offsets.tolist(), strict=True
@@ -228,7 +221,7 @@ def _predict(
       used[row] += len(predicted)
       spans.append((number, row, begin, used[row]))
       found.append((offset + predicted - 1, candidate.ids[predicted]))
-  shape = (packing.num_rows, round_up(max(used), LEAST_PREDICTED))
+  shape = (num_rows, round_up(max(used), LEAST_PREDICTED))
   places, targets = np.zeros((2, *shape), np.int32)
   for (_, row, begin, end), (where, tokens) in zip(spans, found, strict=True):
     places[row, begin:end] = where

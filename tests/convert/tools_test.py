@@ -17,7 +17,7 @@ from etils import epath
 
 from grit_jax import config as configuration
 from grit_jax import objective, pooling, sharding
-from grit_jax.batch import EmbeddingRows, Rows
+from grit_jax.batch import Rows
 from grit_jax.checkpoint import find_checkpoint
 from grit_jax.config import (
   Config,
@@ -211,11 +211,8 @@ class Ours:
     rows = fill.rows(
       [text.ids for text in encoded], fill.join(in_instruction, bool)
     )
-    pooled = (rows.segments > 0) & ~rows.in_instruction
-    none = np.zeros((0,), np.int32)
-    batch = EmbeddingRows(rows, pooled, none, none[:, None], none, np.int32(0))
     with jax.set_mesh(self.mesh):
-      found = np.asarray(embed_rows(self.model, batch))
+      found = np.asarray(embed_rows(self.model, rows))
     return found[packed.rows, packed.segments - 1]
 
   def hidden(self, ids: Sequence[int], kind: Kind) -> np.ndarray:
@@ -253,10 +250,10 @@ class Ours:
 
 
 @jax.jit
-def embed_rows(model: Decoder, batch: EmbeddingRows) -> jax.Array:
+def embed_rows(model: Decoder, rows: Rows) -> jax.Array:
   kind = embedding_kind(model.config.attention)
-  [hidden] = model([batch.rows], [kind])
-  found = objective.pool_texts(model, hidden, batch, SEGMENTS)
+  [hidden] = model([rows], [kind])
+  found = objective.pool_texts(model, hidden, rows, SEGMENTS)
   return pooling.normalise(found)
 
 

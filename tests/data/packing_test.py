@@ -81,6 +81,22 @@ def test_a_text_follows_the_one_before_it_without_a_gap():
     np.testing.assert_array_equal(packed.offsets[inside], [0, *ends[:-1]])
 
 
+@pytest.mark.parametrize('rows', [1, 4, 100])
+def test_parts_have_each_text_once_where_it_lay(rows: int):
+  lengths = np.random.default_rng(0).integers(1, 65, 60)
+  whole = packing.pack(lengths, 64, 8)
+  last = whole.num_rows % rows or rows
+  seen = []
+  for number, (texts, part) in enumerate(whole.cut(rows)):
+    np.testing.assert_array_equal(part.rows + number * rows, whole.rows[texts])
+    np.testing.assert_array_equal(part.segments, whole.segments[texts])
+    np.testing.assert_array_equal(part.offsets, whole.offsets[texts])
+    ends = (number + 1) * rows >= whole.num_rows
+    assert part.num_rows == part.rows.max() + 1 == (last if ends else rows)
+    seen += texts.tolist()
+  assert sorted(seen) == list(range(60))
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_a_realistic_mix_fills_all_but_few_tokens(seed):
   lengths = draw_mix(seed)

@@ -135,7 +135,6 @@ def test_slots_lead_to_the_texts_as_they_are_read_one_by_one(
       np.testing.assert_array_equal(
         batch.rows.in_instruction[row, places], in_instruction
       )
-      np.testing.assert_array_equal(batch.pooled[row, places], ~in_instruction)
       told += text.instruction_length
   assert told
   # Nothing else lies in the rows.
@@ -176,7 +175,6 @@ def test_padding_is_zero_everywhere(pipeline):
     assert not stream.rows.tokens[padding].any()
     assert not stream.rows.positions[padding].any()
     assert not stream.rows.in_instruction[padding].any()
-  assert not batch.embedding.pooled[batch.embedding.rows.segments == 0].any()
   padding = batch.generative.rows.segments == 0
   assert not batch.generative.loss_weights[padding].any()
 
@@ -444,7 +442,10 @@ def test_a_step_that_was_not_counted_gets_a_shape_that_holds_it(
   assert beyond.any()
   for step in range(STEPS):
     batch = sampled.build(step).batch
-    shape = (len(batch.embedding.pooled), len(batch.generative.loss_weights))
+    shape = (
+      len(batch.embedding.rows.tokens),
+      len(batch.generative.loss_weights),
+    )
     assert all(rows % 2 == 0 for rows in shape)
     if beyond[step]:
       assert shape == tuple(-(-counts[step] // 2) * 2)

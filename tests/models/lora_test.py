@@ -70,7 +70,6 @@ def batch(pack: Callable) -> Batch:
   return Batch(
     EmbeddingRows(
       first,
-      (first.segments > 0) & ~first.in_instruction,
       slots[:, 0].astype(np.int32),
       slots[:, 1:].astype(np.int32),
       np.ones((ROWS, 2 * ROWS), bool),
