@@ -445,18 +445,20 @@ def main(argv: list[str]) -> None:
   with tempfile.TemporaryDirectory() as temporary:
     root = pathlib.Path(_FOLDER.value or temporary)
     workloads = {}
-    for workload in dict.fromkeys(_WORKLOADS.value):
-      figures = race(preset, workload, root / workload)
-      workloads[workload] = figures | {'summary': summarise(figures)}
-      print_table(workload, workloads[workload])
-  if _OUTPUT.value:
     content = {
       'preset': dataclasses.asdict(preset),
       'cores': len(os.sched_getaffinity(0)),
       'versions': {name: version(name) for name in ('jax', 'torch')},
       'workloads': workloads,
     }
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(content, indent=2))
+    for workload in dict.fromkeys(_WORKLOADS.value):
+      figures = race(preset, workload, root / workload)
+      workloads[workload] = figures | {'summary': summarise(figures)}
+      print_table(workload, workloads[workload])
+      sys.stdout.flush()
+      # A workload takes many minutes: what is done is not lost with the next.
+      if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(content, indent=2))
 
 
 if __name__ == '__main__':
