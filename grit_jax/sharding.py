@@ -119,6 +119,11 @@ def _sizes(config: MeshConfig, devices: int, slices: int) -> list[int]:
   return sizes
 
 
+def platform() -> str:
+  """Returns what the devices of the mesh in force are: tpu, gpu or cpu."""
+  return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
 def row_shards(mesh: Mesh) -> int:
   """Returns the number of shards that rows are split into."""
   return math.prod(mesh.shape[axis] for axis in ROWS)

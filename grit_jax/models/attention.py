@@ -17,6 +17,7 @@ import numpy as np
 from grit_jax.batch import Rows
 from grit_jax.config import ConfigError, RotaryScalingConfig
 from grit_jax.models import blockwise, splash
+from grit_jax.sharding import platform
 
 # q [B, T, N, H] scaled, k and v [B, T, K, H], to [B, T, N, H].
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -83,8 +84,7 @@ def prepare(rows: Rows, kind: Kind, window: int, kernel: str) -> Attend:
     window: see `find_stretches`.
     kernel: see `choose_kernel`; the platform is that of the mesh in force.
   """
-  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-  if choose_kernel(kernel, platform) == 'xla':
+  if choose_kernel(kernel, platform()) == 'xla':
     first, last = find_stretches(rows, kind, window)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def prepare(rows: Rows, kind: Kind, window: int, kernel: str) -> Attend:
     band=splash.Band(left, right),
     last=last,
     # The same program, interpreted where its compiler is missing.
-    interpret=platform == 'cpu',
+    interpret=platform() == 'cpu',
   )
 
 

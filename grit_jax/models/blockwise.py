@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from grit_jax.sharding import spec
+from grit_jax.sharding import platform, spec
 
 # Positions a block. The keys that short texts see who share a block of queries
 # are mostly one block. On a CPU a product with 128 keys runs at half the speed
@@ -55,13 +55,12 @@ def attend(
   Returns:
     [B, T, N, H], in the dtype of `q`.
   """
-  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
   queries = spec('rows', 'seq', 'heads', 'head_dim')
   keys = spec('rows', 'kv_heads', 'seq', 'head_dim')
   rows = spec('rows', 'seq')
   first, last = (jax.sharding.reshard(x, rows) for x in (first, last))
   return jax.shard_map(
-    partial(_attend_rows, most_scores=SCORES.get(platform)),
+    partial(_attend_rows, most_scores=SCORES.get(platform())),
     in_specs=(queries, keys, keys, rows, rows),
     out_specs=queries,
     # How many blocks there are differs from device to device.

@@ -1,12 +1,13 @@
 """The projections of a layer: the matrices that are quantised and adapted."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grit_jax.config import ModelConfig
-from grit_jax.sharding import spec
+from grit_jax.sharding import platform, spec
 
 # The logical axes of each, from its input to its output.
 AXES = {
@@ -56,11 +57,13 @@ def multiply(
   outputs: str,
   dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-  """Multiplies all tokens by a gathered weight, as one list of them.
+  """Multiplies all tokens by a gathered weight.
 
-  The weight's gradient sums over tokens. Over the two axes of rows XLA on a CPU
-  first writes both factors transposed, and computes what they are made of once
-  more for that, column by column: more than twice the time of a gradient.
+  On a CPU as one list of tokens. The weight's gradient sums over them, and over
+  the two axes of rows XLA first writes a factor transposed there, and computes
+  what it is made of once more for that, column by column: more than twice the
+  time. On a TPU it is the list that costs: two layers of Mistral 7B on v5e
+  compile to 6.6 GiB a chip, in place of under 4.8, and gathers that nothing hides.
 
   Args:
     x: [B, T, I].
@@ -72,12 +75,12 @@ def multiply(
   Returns:
     [B, T, O].
   """
-  tokens = x.reshape(-1, x.shape[-1], out_sharding=spec('rows', inputs))
-  y = jnp.einsum(
-    'ti,io->to', tokens, weight,
-    preferred_element_type=dtype, out_sharding=spec('rows', outputs),
-  )  # fmt: skip
+  product = partial(jnp.einsum, preferred_element_type=dtype)
   sharding = spec('rows', 'seq', outputs)
+  if platform() != 'cpu':
+    return product('bti,io->bto', x, weight, out_sharding=sharding)
+  tokens = x.reshape(-1, x.shape[-1], out_sharding=spec('rows', inputs))
+  y = product('ti,io->to', tokens, weight, out_sharding=spec('rows', outputs))
   return y.reshape(*x.shape[:2], -1, out_sharding=sharding)
 
 
