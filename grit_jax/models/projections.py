@@ -63,7 +63,8 @@ def multiply(
   the two axes of rows XLA first writes a factor transposed there, and computes
   what it is made of once more for that, column by column: more than twice the
   time. On a TPU it is the list that costs: two layers of Mistral 7B on v5e
-  compile to 6.6 GiB a chip, in place of under 4.8, and gathers that nothing hides.
+  compile to 6.6 GiB a chip in place of less than 4.8, and nothing hides their
+  gathers.
 
   Args:
     x: [B, T, I].
