@@ -99,10 +99,10 @@ def test_few_tokens_have_a_short_row(model: GritLM, count: int):
     texts = encoder._tokenize(['Who is it?'] * count, request)
     calls = list(encoder._pack(texts, request))
   tokens = sum(len(text.ids) for text in texts)
-  (batch,) = (batch for _, _, batch, _ in calls)
+  ((_, _, rows, _),) = calls
   # Not of the module's own constants: they are what is tested.
-  assert batch.rows.tokens.size < max(2 * tokens, 32)
-  assert (batch.rows.segments > 0).sum() == tokens
+  assert rows.tokens.size < max(2 * tokens, 32)
+  assert (rows.segments > 0).sum() == tokens
 
 
 def test_rows_are_little_longer_than_their_longest_text():
