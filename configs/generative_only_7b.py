@@ -11,7 +11,7 @@ All is as in `gritlm_7b.py`, without the embedding stream: 256 conversations a
 step, 1253 steps, the mean of token means over 8 groups of 32.
 
 Compiled and not measured, 256 packed rows of 2048 tokens take 5.72 GiB a chip
-on 64 chips of v5e, and 1.29 times the arithmetic of a forward and a backward
+on 64 chips of v5e, and 1.28 times the arithmetic of a forward and a backward
 pass:
 
   python -m grit_jax.aot --topology=v5e:8x8 \

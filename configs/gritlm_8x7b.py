@@ -30,11 +30,11 @@ What one step takes, compiled and not measured, for packed rows of 2048 tokens;
 "Executed" is over a forward and a backward pass:
 
   topology         rows        GiB a chip  executed  flags
-  v5p:4x4x2         64 + 256        37.76     1.354
-  v5p:4x4x2        512 + 256        53.66     1.354
-  v5p:4x4x2        512 + 256        43.40     1.340  remat=offload (24 on hosts)
-  v6e:8x8          512 + 256        21.78     1.340  remat=offload (12 on hosts)
-  v6e:8x8          512 + 256        22.62     1.686  chunk_rows=256
+  v5p:4x4x2         64 + 256        37.83     1.351
+  v5p:4x4x2        512 + 256        53.79     1.353
+  v5p:4x4x2        512 + 256        42.71     1.339  remat=offload (24 on hosts)
+  v6e:8x8          512 + 256        21.78     1.339  remat=offload (12 on hosts)
+  v6e:8x8          512 + 256        22.19     1.685  chunk_rows=256
 
 with the flags as `--config.memory.remat=offload`. A chip of v5p has 95.74 GiB,
 of v6e 31.25. Gradient caching costs a pass more than without experts: the

@@ -20,9 +20,9 @@ What one step takes, compiled and not measured, for packed rows of 2048 tokens;
 and the half of a backward pass that frozen weights leave:
 
   topology        rows  GiB a chip  executed  flags
-  v5e:1x1       16 + 8       12.47     1.799
-  v5e:1x1       16 + 8        8.67     1.799  chunk_rows=4
-  v5e:1x1       16 + 8       12.13     1.432  chunk_rows=0 remat=offload
+  v5e:1x1       16 + 8       12.34     1.796
+  v5e:1x1       16 + 8        8.64     1.796  chunk_rows=4
+  v5e:1x1       16 + 8       12.15     1.429  chunk_rows=0 remat=offload
                                               (24 GiB on the host)
 
 with the flags as `--config.memory.chunk_rows=4`. A chip of v5e has 15.75 GiB,

@@ -17,8 +17,8 @@ What one step takes, compiled and not measured, for packed rows of 2048 tokens;
 pass and the half of a backward pass that frozen weights leave:
 
   topology         rows  GiB a chip  executed  flags
-  v6e:2x4       64 + 64       11.57     2.051
-  v5e:2x4       64 + 64       11.16     2.051  chunk_rows=8
+  v6e:2x4       64 + 64       11.58     2.048
+  v5e:2x4       64 + 64       11.16     2.048  chunk_rows=8
 
 with the flags as `--config.memory.chunk_rows=8`. A chip of v6e has 31.25 GiB,
 of v5e 15.75; the base takes 2.93 of either. It is gathered as bytes, a layer at

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
 from grit_jax import losses
+from grit_jax.aot.flops import count_flops
 from grit_jax.batch import GenerativeRows
 from grit_jax.models import presets
 from grit_jax.models.decoder import Decoder
@@ -117,6 +119,13 @@ def make_batch(pack: Callable, length: int) -> GenerativeRows:
   return GenerativeRows(rows, weights, np.int32(0))
 
 
+def on(mesh: Mesh, batch: GenerativeRows) -> GenerativeRows:
+  """The batch, on the mesh."""
+  return jax.tree.map(
+    lambda x: place(mesh, x, *('rows', 'seq')[: x.ndim]), batch
+  )
+
+
 def predict(
   hidden: np.ndarray, head: np.ndarray, batch: GenerativeRows
 ) -> float:
@@ -146,7 +155,7 @@ def test_next_token_loss_equals_float64(
   length: int,
   tied: bool,
 ):
-  monkeypatch.setattr(losses, 'LOGIT_POSITIONS', 4)
+  monkeypatch.setitem(losses.LOGIT_TOKENS, 'cpu', 4)
   config = dataclasses.replace(presets.tiny(), tie_embeddings=tied)
   model = random_decoder(one_device, config)
   batch, hidden = make_batch(pack, length), draw_hidden(length)
@@ -154,7 +163,11 @@ def test_next_token_loss_equals_float64(
   expected = predict(
     hidden.astype(np.float64), np.asarray(head, np.float64), batch
   )
-  actual = losses.next_token_loss(model, jnp.asarray(hidden), batch)
+  actual = jax.jit(losses.next_token_loss)(
+    model,
+    place(one_device, hidden, 'rows', 'seq', 'embed'),
+    on(one_device, batch),
+  )
   assert actual.dtype == 'float32'
   np.testing.assert_allclose(actual, expected, rtol=LOSS_TOLERANCE)
 
@@ -162,54 +175,74 @@ def test_next_token_loss_equals_float64(
 def test_next_token_loss_of_a_row_shorter_than_a_chunk(
   one_device: Mesh, random_decoder: Callable, pack: Callable
 ):
-  assert losses.LOGIT_POSITIONS > 10
+  assert losses.LOGIT_TOKENS['cpu'] > 20
   model = random_decoder(one_device)
   batch, hidden = make_batch(pack, 10), draw_hidden(10)
   expected = predict(
     hidden.astype(np.float64), np.asarray(model.head[...], np.float64), batch
   )
-  actual = losses.next_token_loss(model, jnp.asarray(hidden), batch)
+  actual = jax.jit(losses.next_token_loss)(
+    model,
+    place(one_device, hidden, 'rows', 'seq', 'embed'),
+    on(one_device, batch),
+  )
   np.testing.assert_allclose(actual, expected, rtol=LOSS_TOLERANCE)
 
 
+def dense_loss(
+  model: Decoder, hidden: jax.Array, batch: GenerativeRows
+) -> jax.Array:
+  """Equation 2 by optax, over whole logits."""
+  logits = model.logits(hidden, model.gather_head())[:, :-1]
+  each = optax.softmax_cross_entropy(
+    logits, jax.nn.one_hot(batch.rows.tokens[:, 1:], logits.shape[-1])
+  )
+  return (each * batch.loss_weights[:, 1:]).sum()
+
+
 @pytest.mark.parametrize('tied', [False, True], ids=['untied', 'tied'])
-def test_chunks_change_no_gradient_and_hold_no_whole_logits(
+@pytest.mark.parametrize('length', [12, 11])
+def test_the_gradient_is_that_of_optax_and_no_logits_are_whole(
   one_device: Mesh,
   random_decoder: Callable,
   pack: Callable,
   monkeypatch: pytest.MonkeyPatch,
+  length: int,
   tied: bool,
 ):
-  length = 10
+  monkeypatch.setitem(losses.LOGIT_TOKENS, 'cpu', 4)
   config = dataclasses.replace(presets.tiny(), tie_embeddings=tied)
   model = random_decoder(one_device, config)
-  batch = jax.tree.map(jnp.asarray, make_batch(pack, length))
+  batch = on(one_device, make_batch(pack, length))
   hidden = place(one_device, draw_hidden(length), 'rows', 'seq', 'embed')
-  programs = {}
-  for positions in (length, 4):
-    monkeypatch.setattr(losses, 'LOGIT_POSITIONS', positions)
-
-    def loss(model: Decoder, hidden: jax.Array) -> jax.Array:
-      return losses.next_token_loss(model, hidden, batch)
-
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    programs[positions] = program.lower(model, hidden).compile()
-  # [2, 10, 256] is in the one program and in no shape in the other, where the
-  # largest besides the head are the logits of a chunk.
-  assert 2 * length * 256 in find_sizes(programs[length])
-  sizes = find_sizes(programs[4]) - {config.embed_dim * 256}
-  assert max(sizes) == 2 * 4 * 256
-  whole, chunked = (programs[n](model, hidden) for n in (length, 4))
-  np.testing.assert_allclose(chunked[0], whole[0], rtol=LOSS_TOLERANCE)
-  largest = max(np.abs(x).max() for x in jax.tree.leaves(whole[1]))
+  found, programs = [], []
+  for loss in (losses.next_token_loss, dense_loss):
+    # A factor, as the joint loss has one.
+    program = jax.jit(
+      jax.value_and_grad(
+        lambda model, hidden, loss=loss: 3 * loss(model, hidden, batch),
+        argnums=(0, 1),
+      )
+    )
+    programs.append(program.lower(model, hidden).compile())
+    found.append(programs[-1](model, hidden))
+  actual, expected = found
+  np.testing.assert_allclose(actual[0], expected[0], rtol=LOSS_TOLERANCE)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[1]))
   assert largest > 0.1
   jax.tree.map(
     lambda actual, expected: np.testing.assert_allclose(
       actual, expected, atol=GRADIENT_TOLERANCE * largest
     ),
-    chunked[1],
-    whole[1],
+    actual[1],
+    expected[1],
   )
+  # Besides the head, the largest are the logits of a chunk.
+  sizes, whole = (
+    find_sizes(program) - {config.embed_dim * 256} for program in programs
+  )
+  assert max(whole) >= 2 * (length - 1) * 256
+  assert max(sizes) == 4 * 256
 
 
 def find_sizes(program: jax.stages.Compiled) -> set[int]:
@@ -217,3 +250,54 @@ def find_sizes(program: jax.stages.Compiled) -> set[int]:
   shapes = re.findall(r'\b(?:f32|pred|s32)\[([\d,]+)\]', program.as_text())
   sizes = [tuple(map(int, shape.split(','))) for shape in set(shapes)]
   return {math.prod(shape) for shape in sizes if 256 in shape}
+
+
+def test_tokens_that_do_not_count_are_not_scored(
+  one_device: Mesh,
+  random_decoder: Callable,
+  pack: Callable,
+  monkeypatch: pytest.MonkeyPatch,
+):
+  monkeypatch.setitem(losses.LOGIT_TOKENS, 'cpu', 4)
+  model = random_decoder(one_device)
+  batch, hidden = make_batch(pack, 12), draw_hidden(12)
+  rows, columns = np.nonzero(batch.loss_weights)
+  # Two chunks of those that count; all other states would spoil the sums.
+  weights = batch.loss_weights.copy()
+  weights[rows[8:], columns[8:]] = 0
+  batch = dataclasses.replace(batch, loss_weights=weights)
+  counted = np.zeros(weights.shape, bool)
+  counted[rows[:8], columns[:8] - 1] = True
+  expected = predict(
+    hidden.astype(np.float64), np.asarray(model.head[...], np.float64), batch
+  )
+  hidden[~counted] = np.nan
+  total, gradient = jax.jit(
+    jax.value_and_grad(losses.next_token_loss, argnums=1)
+  )(
+    model,
+    place(one_device, hidden, 'rows', 'seq', 'embed'),
+    on(one_device, batch),
+  )
+  np.testing.assert_allclose(total, expected, rtol=LOSS_TOLERANCE)
+  np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), counted)
+
+
+def test_nothing_is_computed_twice_and_no_gradient_of_a_frozen_head(
+  one_device: Mesh, random_decoder: Callable, pack: Callable
+):
+  model = random_decoder(one_device)
+  batch = on(one_device, make_batch(pack, 12))
+  hidden = place(one_device, draw_hidden(12), 'rows', 'seq', 'embed')
+  forward, by_hidden, by_both = (
+    count_flops(
+      jax.make_jaxpr(function)(model, hidden, batch).jaxpr, one_device.size
+    )
+    for function in (
+      losses.next_token_loss,
+      jax.grad(losses.next_token_loss, argnums=1),
+      jax.grad(losses.next_token_loss, argnums=(0, 1)),
+    )
+  )
+  assert forward == 2 * 24 * model.config.embed_dim * 256
+  assert (by_hidden, by_both) == (2 * forward, 3 * forward)

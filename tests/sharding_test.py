@@ -124,7 +124,7 @@ def results(
 def several_chunks_of_logits():
   """Lets a row of ten tokens take three chunks."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(losses, 'LOGIT_POSITIONS', 4)
+    patch.setitem(losses.LOGIT_TOKENS, 'cpu', 4)
     yield
 
 
