@@ -1,8 +1,20 @@
 """Eight simulated devices, meshes over them, packed rows, random decoders."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 
-import jax
+# Programs that several tests or their processes compile are compiled once: the
+# commands that tests start, and xdist's workers, inherit the folder.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _programs = tempfile.mkdtemp(prefix='grit_jax_programs_')
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
+import jax  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
