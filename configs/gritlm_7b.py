@@ -34,8 +34,8 @@ backward pass:
   v5e:4x8       512 + 256        10.88     1.260  remat=offload (24 on hosts)
   v5e:4x4       512 + 256        10.94     1.481  remat=offload chunk_rows=64
   v5e:8x8       4352 + 256        6.17     1.600  chunk_rows=256
-  2 of v5e:8x8  512 + 256         7.25     1.284
-  v6e:4x8       512 + 256        26.23     1.284
+  2 of v5e:8x8  512 + 256         7.26     1.284
+  v6e:4x8       512 + 256        25.85     1.284
   v5p:4x4x2     512 + 256        25.50     1.284
 
 with the flags as `--config.memory.remat=offload`. A chip of v5e has 15.75 GiB,

@@ -1,15 +1,16 @@
 """The two losses of GRIT (arXiv 2402.09906, section 2), and the router's."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from grit_jax.batch import GenerativeRows
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.moe import RouterStatistics
-from grit_jax.sharding import platform, spec
+from grit_jax.sharding import ROWS, platform, spec
 
 # Tokens of a device whose logits exist at a time, by platform. Those of 1024
 # tokens and a vocabulary of 32,000 are 131 MB in float32. On a CPU, in whose
@@ -78,94 +79,118 @@ def next_token_loss(
     jnp.pad(x, ((0, 0), (0, 1)))[:, 1:]
     for x in (batch.rows.tokens, batch.loss_weights)
   )
-  rows = spec('rows', 'seq')
   with jax.named_scope('next_token_loss'):
-    sums = jax.shard_map(
-      partial(
-        _sum_rows,
-        vocab_size=model.config.vocab_size,
-        together=LOGIT_TOKENS[platform()],
-      ),
-      in_specs=(
-        spec('rows', 'seq', 'embed'),
-        jax.typeof(head).sharding.spec,
-        rows,
-        rows,
-      ),
-      out_specs=spec('rows'),
-      check_vma=False,
-    )(hidden, head, targets, weights)
-    return sums.sum()
-
-
-def _sum_rows(
-  hidden: jax.Array,
-  head: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  vocab_size: int,
-  together: int,
-) -> jax.Array:
-  """`next_token_loss` of one device's rows, float32 [1]."""
-  count = weights.size
-  weights = weights.reshape(count)
-  order = jnp.argsort(weights == 0, stable=True)
-  size = min(together, count)
-  # Behind the last token is nothing: places there take zeros, and keep none.
-  places = jnp.concatenate([order, count + jnp.arange(-count % size)])
-  tokens = _Tokens(
-    targets.reshape(count),
-    weights,
-    places.reshape(-1, size),
-    (weights != 0).sum(),
-  )
-  hidden = hidden.reshape(count, hidden.shape[-1])
-  return _sum_losses(vocab_size, hidden, head, tokens)[None]
-
-
-class _Tokens(NamedTuple):
-  """The tokens of one device, n of them."""
-
-  targets: jax.Array  # int32 [n]
-  weights: jax.Array  # float32 [n]
-  places: jax.Array  # int32 [chunks, size], of those that count, then others
-  counted: jax.Array  # int32 [], how many count
+    return _sum_losses(model.config.vocab_size, hidden, head, targets, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_losses(
-  vocab_size: int, hidden: jax.Array, head: jax.Array, tokens: _Tokens
+  vocab_size: int,
+  hidden: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
 ) -> jax.Array:
-  """The weighted sum of the losses of hidden states [n, D], float32 []."""
-  zero = jnp.zeros((), jnp.float32)
-  return _add_up(vocab_size, hidden, head, tokens, (zero, None, None))[0]
+  """The weighted sum of the losses of all rows, float32 []."""
+  return _add_up(vocab_size, (), hidden, head, targets, weights)[0]
+
+
+def _forward(
+  vocab_size: int, hidden: Any, head: Any, targets: Any, weights: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  # A frozen head has no gradient.
+  trained = {'hidden': hidden.perturbed, 'head': head.perturbed}
+  return _add_up(
+    vocab_size,
+    tuple(name for name, perturbed in trained.items() if perturbed),
+    *(x.value for x in (hidden, head, targets, weights)),
+  )
+
+
+def _backward(
+  _: int, gradients: dict[str, jax.Array], cotangent: jax.Array
+) -> tuple:
+  scaled = {
+    name: (x * cotangent).astype(x.dtype) for name, x in gradients.items()
+  }
+  if 'head' in scaled:
+    # Each device's sum as it is, of the type that `sharding.gather` scatters.
+    _, *axes = spec('rows', 'embed', 'vocab')
+    scaled['head'] = jax.lax.reduce_sum(
+      scaled['head'], axes=(0,), out_sharding=P(*axes, unreduced=set(ROWS))
+    )
+  return scaled.get('hidden'), scaled.get('head'), None, None
+
+
+_sum_losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _add_up(
   vocab_size: int,
+  wanted: tuple[str, ...],
   hidden: jax.Array,
   head: jax.Array,
-  tokens: _Tokens,
-  sums: tuple,
-) -> tuple:
-  """Adds to the loss and to its gradients by `hidden` and `head`, or None."""
+  targets: jax.Array,
+  weights: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the loss, and the gradients that are wanted.
+
+  That by `hidden` is [R, T, D]; that by `head`, [devices, D, V], is each
+  device's own, of its rows.
+  """
+  rows, states = spec('rows', 'seq'), spec('rows', 'seq', 'embed')
+  shardings = {'hidden': states, 'head': spec('rows', 'embed', 'vocab')}
+  losses, gradients = jax.shard_map(
+    partial(
+      _add_up_rows,
+      vocab_size=vocab_size,
+      wanted=wanted,
+      together=LOGIT_TOKENS[platform()],
+    ),
+    in_specs=(states, jax.typeof(head).sharding.spec, rows, rows),
+    out_specs=(spec('rows'), {name: shardings[name] for name in wanted}),
+    check_vma=False,
+  )(hidden, head, targets, weights)
+  return losses.sum(), gradients
+
+
+def _add_up_rows(
+  hidden: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  vocab_size: int,
+  wanted: tuple[str, ...],
+  together: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`_add_up` on one device: tokens that count first, chunk by chunk."""
+  shape, count = hidden.shape, weights.size
+  hidden = hidden.reshape(count, shape[-1])
+  targets, weights = targets.reshape(count), weights.reshape(count)
+  size = min(together, count)
+  # Behind the last token is nothing: places there take zeros, and keep none.
+  places = jnp.concatenate(
+    [jnp.argsort(weights == 0, stable=True), count + jnp.arange(-count % size)]
+  ).reshape(-1, size)
+  counted = (weights != 0).sum()
+  first = jax.lax.axis_index('tensor') * head.shape[1]
+  column = first + jnp.arange(head.shape[1])
 
   def add(sums: tuple, places: jax.Array) -> tuple:
-    total, of_hidden, of_head = sums
-    states, targets, weights = (
-      x.at[places].get(mode='fill', fill_value=0)
-      for x in (hidden, tokens.targets, tokens.weights)
+    total, gradients = sums
+    x, target, weight = (
+      array.at[places].get(mode='fill', fill_value=0)
+      for array in (hidden, targets, weights)
     )
     logits = jnp.einsum(
-      'td,dv->tv', states, head, preferred_element_type=jnp.float32
+      'td,dv->tv', x, head, preferred_element_type=jnp.float32
     )
-    first = jax.lax.axis_index('tensor') * head.shape[1]
-    column = first + jnp.arange(head.shape[1])
     logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
     greatest = jax.lax.pmax(logits.max(axis=1, keepdims=True), 'tensor')
     exponentials = jnp.exp(logits - greatest)
     # A sum under a mask instead of a lookup: the vocabulary may be split.
-    is_target = column == targets[:, None]
+    is_target = column == target[:, None]
     denominator, target_logits = jax.lax.psum(
       (
         exponentials.sum(axis=1, keepdims=True),
@@ -174,65 +199,45 @@ def _add_up(
       'tensor',
     )
     losses = (jnp.log(denominator) + greatest)[:, 0] - target_logits
-    total += (weights * losses).sum()
-    # As the product with it, which is in the dtype of the weights.
-    of_logits = weights[:, None] * (exponentials / denominator - is_target)
+    total += (weight * losses).sum()
+    # Its products are in the dtype of the weights, as all others.
+    of_logits = weight[:, None] * (exponentials / denominator - is_target)
     of_logits = of_logits.astype(head.dtype)
-    if of_hidden is not None:
+    added = {}
+    if 'hidden' in wanted:
       product = jnp.einsum('tv,dv->td', of_logits, head)
-      of_hidden = of_hidden.at[places].set(
-        product, mode='drop', unique_indices=True
+      added['hidden'] = (
+        gradients['hidden']
+        .at[places]
+        .set(product, mode='drop', unique_indices=True)
       )
-    if of_head is not None:
+    if 'head' in wanted:
       product = jnp.einsum(
-        'td,tv->dv', states, of_logits, preferred_element_type=jnp.float32
+        'td,tv->dv', x, of_logits, preferred_element_type=jnp.float32
       )
-      of_head = (of_head + product).astype(of_head.dtype)
-    return total, of_hidden, of_head
+      added['head'] = (gradients['head'] + product).astype(head.dtype)
+    return total, added
 
-  def add_if_any(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
+  def add_if_any_counts(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
     number, places = chunk
-    any_counts = number * places.size < tokens.counted
+    any_counts = number * size < counted
     return jax.lax.cond(
       any_counts, add, lambda sums, _: sums, sums, places
     ), None
 
-  numbers = jnp.arange(tokens.places.shape[0])
-  return jax.lax.scan(add_if_any, sums, (numbers, tokens.places))[0]
-
-
-def _forward(
-  vocab_size: int, hidden: Any, head: Any, tokens: _Tokens
-) -> tuple[jax.Array, tuple]:
-  # A frozen head has no gradient.
-  gradients = [
-    jnp.zeros_like(x.value) if x.perturbed else None for x in (hidden, head)
-  ]
-  total, *gradients = _add_up(
-    vocab_size,
-    hidden.value,
-    head.value,
-    _Tokens(*(x.value for x in tokens)),
-    (jnp.zeros((), jnp.float32), *gradients),
+  inputs = {'hidden': hidden, 'head': head}
+  zeros = {name: jnp.zeros_like(inputs[name]) for name in wanted}
+  (total, gradients), _ = jax.lax.scan(
+    add_if_any_counts,
+    (jnp.zeros((), jnp.float32), zeros),
+    (jnp.arange(len(places)), places),
   )
-  return total, tuple(gradients)
-
-
-def _backward(_: int, gradients: tuple, cotangent: jax.Array) -> tuple:
-  # The devices of `tensor` have the same sum, and each a share of its
-  # cotangent.
-  cotangent = jax.lax.psum(cotangent, 'tensor')
-  return *_scale(gradients, cotangent), None
-
-
-# A function of its own: what a `shard_map` over one device ends with must be
-# one, or jax does not lower a gradient of the type `unreduced`.
-@jax.jit
-def _scale(gradients: tuple, factor: jax.Array) -> tuple:
-  return jax.tree.map(lambda x: (x * factor).astype(x.dtype), gradients)
-
-
-_sum_losses.defvjp(_forward, _backward, symbolic_zeros=True)
+  if 'hidden' in wanted:
+    by_hidden = jax.lax.psum(gradients['hidden'], 'tensor')
+    gradients['hidden'] = by_hidden.reshape(shape)
+  if 'head' in wanted:
+    gradients['head'] = gradients['head'][None]
+  return total[None], gradients
 
 
 def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
