@@ -174,8 +174,6 @@ def _add_up_rows(
     [jnp.argsort(weights == 0, stable=True), count + jnp.arange(-count % size)]
   ).reshape(-1, size)
   counted = (weights != 0).sum()
-  first = jax.lax.axis_index('tensor') * head.shape[1]
-  column = first + jnp.arange(head.shape[1])
 
   def add(sums: tuple, places: jax.Array) -> tuple:
     total, gradients = sums
@@ -183,26 +181,7 @@ def _add_up_rows(
       array.at[places].get(mode='fill', fill_value=0)
       for array in (hidden, targets, weights)
     )
-    logits = jnp.einsum(
-      'td,dv->tv', x, head, preferred_element_type=jnp.float32
-    )
-    logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
-    greatest = jax.lax.pmax(logits.max(axis=1, keepdims=True), 'tensor')
-    exponentials = jnp.exp(logits - greatest)
-    # A sum under a mask instead of a lookup: the vocabulary may be split.
-    is_target = column == target[:, None]
-    denominator, target_logits = jax.lax.psum(
-      (
-        exponentials.sum(axis=1, keepdims=True),
-        jnp.where(is_target, logits, 0.0).sum(axis=1),
-      ),
-      'tensor',
-    )
-    losses = (jnp.log(denominator) + greatest)[:, 0] - target_logits
-    total += (weight * losses).sum()
-    # Its products are in the dtype of the weights, as all others.
-    of_logits = weight[:, None] * (exponentials / denominator - is_target)
-    of_logits = of_logits.astype(head.dtype)
+    loss, of_logits = _score(x, head, target, weight, vocab_size)
     added = {}
     if 'hidden' in wanted:
       product = jnp.einsum('tv,dv->td', of_logits, head)
@@ -216,7 +195,7 @@ def _add_up_rows(
         'td,tv->dv', x, of_logits, preferred_element_type=jnp.float32
       )
       added['head'] = (gradients['head'] + product).astype(head.dtype)
-    return total, added
+    return total + loss, added
 
   def add_if_any_counts(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
     number, places = chunk
@@ -238,6 +217,47 @@ def _add_up_rows(
   if 'head' in wanted:
     gradients['head'] = gradients['head'][None]
   return total[None], gradients
+
+
+def _score(
+  x: jax.Array,
+  head: jax.Array,
+  target: jax.Array,
+  weight: jax.Array,
+  vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Scores tokens by a device's part of the vocabulary.
+
+  Args:
+    x: [t, D], the states that predict them.
+    head: [D, V].
+    target: int32 [t].
+    weight: float32 [t].
+    vocab_size: of all devices, without padding.
+
+  Returns:
+    The weighted sum of the losses, float32 [], and its gradient by the logits,
+    [t, V].
+  """
+  logits = jnp.einsum('td,dv->tv', x, head, preferred_element_type=jnp.float32)
+  first = jax.lax.axis_index('tensor') * head.shape[1]
+  column = first + jnp.arange(head.shape[1])
+  logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
+  greatest = jax.lax.pmax(logits.max(axis=1, keepdims=True), 'tensor')
+  exponentials = jnp.exp(logits - greatest)
+  # A sum under a mask instead of a lookup: the vocabulary may be split.
+  is_target = column == target[:, None]
+  denominator, target_logits = jax.lax.psum(
+    (
+      exponentials.sum(axis=1, keepdims=True),
+      jnp.where(is_target, logits, 0.0).sum(axis=1),
+    ),
+    'tensor',
+  )
+  losses = (jnp.log(denominator) + greatest)[:, 0] - target_logits
+  # Its products are in the dtype of the weights, as all others.
+  of_logits = weight[:, None] * (exponentials / denominator - is_target)
+  return (weight * losses).sum(), of_logits.astype(head.dtype)
 
 
 def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
