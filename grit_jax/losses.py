@@ -115,9 +115,10 @@ def _backward(
   }
   if 'head' in scaled:
     # Each device's sum as it is, of the type that `sharding.gather` scatters.
-    _, *axes = spec('rows', 'embed', 'vocab')
     scaled['head'] = jax.lax.reduce_sum(
-      scaled['head'], axes=(0,), out_sharding=P(*axes, unreduced=set(ROWS))
+      scaled['head'],
+      axes=(0,),
+      out_sharding=P(*spec('embed', 'vocab'), unreduced=set(ROWS)),
     )
   return scaled.get('hidden'), scaled.get('head'), None, None
 

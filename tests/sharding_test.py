@@ -122,7 +122,7 @@ def results(
 
 @pytest.fixture(autouse=True, scope='module')
 def several_chunks_of_logits():
-  """Lets a row of ten tokens take three chunks."""
+  """Lets the tokens of a device take several chunks."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(losses.LOGIT_TOKENS, 'cpu', 4)
     yield
