@@ -5,6 +5,7 @@ the device's operations under the names of the model's parts: `embed`,
 `attention`, `mlp`, `pool`, `contrastive_loss`, `next_token_loss`, `optimizer`.
 """
 
+import importlib.util
 import pathlib
 import tempfile
 from typing import Any
@@ -13,7 +14,31 @@ import jax
 from absl import logging
 from etils import epath
 
-from grit_jax.config import ProfileConfig
+from grit_jax.config import ConfigError, ProfileConfig
+
+
+def check_profiler(config: ProfileConfig, platform: str) -> None:
+  """Checks that the steps can be traced on this machine.
+
+  JAX starts the profiler of every library that it has loaded. It loads
+  `libtpu`, where that is installed, to look for a TPU; the profiler of one that
+  has found none accesses memory that is not there, and the process is gone.
+
+  Args:
+    config: which steps, if any.
+    platform: what the run is on.
+
+  Raises:
+    ConfigError: That would happen at the first of the steps.
+  """
+  loaded = not jax.config.jax_platforms and importlib.util.find_spec('libtpu')
+  if config.steps and platform != 'tpu' and loaded:
+    raise ConfigError(
+      f'profile.steps={config.steps!r}: libtpu is installed and there is no '
+      'TPU, so its profiler would crash this process. Start it with '
+      'JAX_PLATFORMS=cpu in the environment, or with JAX_PLATFORMS=cuda,cpu on '
+      'a GPU.'
+    )
 
 
 class Profile:

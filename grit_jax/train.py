@@ -64,7 +64,7 @@ from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.models.lora import add_adapters, join_trained, split_trained
 from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.processes import ProcessError, StopOnSignal
-from grit_jax.profile import Profile
+from grit_jax.profile import Profile, check_profiler
 from grit_jax.sharding import MeshError
 from grit_jax.xla_options import compiler_options
 
@@ -165,6 +165,7 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   # Before they wait for each other in the middle of something.
   processes.check_equal('the configuration', repr(config))
   platform = mesh.devices.flat[0].platform
+  check_profiler(config.profile, platform)
   kernel = choose_kernel(config.attention_kernel, platform)
   logging.info(
     'Attention runs in the kernel %s on %s (attention_kernel=%s).',

@@ -9,6 +9,7 @@ import re
 import jax
 import pytest
 from etils import epath
+from small_run import start, write_config
 
 from grit_jax import train
 from grit_jax.config import (
@@ -113,3 +114,17 @@ def test_trace_names_the_phases_of_the_host(trace):
 def test_trace_names_the_parts_of_the_step(trace, name):
   scope = rf'jit\(train_step\)/[ -~]*?[/(]{name}[/)]'
   assert re.search(scope.encode(), trace.read_bytes())
+
+
+def test_a_tpu_library_without_a_tpu_is_named_and_not_started(
+  tmp_path, monkeypatch
+):
+  pytest.importorskip('libtpu')
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  config = write_config(make_config(tmp_path, '3-4'), tmp_path / 'config.py')
+  process = start(config, tmp_path / 'run')
+  output = process.communicate(timeout=120)[0]
+  assert process.returncode == 1, output
+  assert "error: profile.steps='3-4': libtpu is installed" in output
+  assert 'Traceback' not in output
+  assert not (tmp_path / 'run').exists()
