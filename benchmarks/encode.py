@@ -13,7 +13,6 @@ one of a text, its format included; padding is none. Needs the extra `test`.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
@@ -30,11 +29,9 @@ import torch
 from gritlm import GritLM as PyTorchGritLM
 
 from grit_jax import GritLM
-from grit_jax.config import Config, ModelConfig
-from grit_jax.convert import keys
-from grit_jax.convert.streamed import StreamedArray, write_checkpoint
-from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
+from grit_jax.config import ModelConfig
 from grit_jax.data.standard_library import library_files
+from grit_jax.rag.benchmark import write_model
 
 MAX_LENGTH = 512
 PREFIX = '<|embed|>\n'
@@ -89,31 +86,10 @@ def write_random(
     num_kv_heads=max(1, width // 256), head_dim=64, mlp_dim=width * 7 // 2,
     dtype='float32',
   )  # fmt: skip
-  rng = np.random.default_rng(0)
-
-  def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-    return values + 1 if 'norm' in path else values
-
-  arrays = {
-    path: StreamedArray(
-      shape,
-      np.dtype(np.float32),
-      lambda path=path, shape=shape: iter([((), draw(path, shape))]),
-    )
-    for path, shape in keys.weight_shapes(model).items()
-  }
   tokenizer = (
     pathlib.Path(mistral_common.__file__).parent / 'data/tokenizer.model.v1'
   )
-  write_checkpoint(
-    scratch / 'checkpoint',
-    arrays,
-    dataclasses.asdict(Config(model=model)),
-    {'tokenizer.model': tokenizer.read_bytes()},
-  )
-  to_hf(scratch / 'checkpoint', scratch / 'hf', None, MAX_SHARD_BYTES)
-  return scratch / 'hf'
+  return write_model(scratch, model, tokenizer.read_bytes())
 
 
 def draw_texts(count: int) -> list[str]:

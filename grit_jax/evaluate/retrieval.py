@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 # Scores that exist at one time, in float32: 256 MiB.
 MAX_SCORES = 2**26
@@ -91,6 +90,9 @@ def tfidf_metrics(
   Returns:
     The same metrics as `retrieval_metrics`.
   """
+  # Here, because it takes a second that other starts of a run need not wait.
+  from sklearn.feature_extraction.text import TfidfVectorizer
+
   positives = _check_positives(
     positives, len(query_texts), len(candidate_texts)
   )

@@ -80,17 +80,19 @@ class Sample:
 Run = Callable[[Mode], Sequence[int]]
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+def write_model(
+  folder: pathlib.Path, model: ModelConfig, tokenizer: bytes
+) -> pathlib.Path:
   """Writes a model of random weights as a Hugging Face folder.
 
   Args:
     folder: Where.
+    model: What is written.
+    tokenizer: A sentencepiece model of its vocabulary.
 
   Returns:
     The folder of the model, in it.
   """
-  texts = [path.read_text(errors='replace') for path in _find_library()]
-  tokenizer = train_tokenizer(texts, MODEL.vocab_size)
 
   def draw(seed: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
     if 'norm' in path:
@@ -105,14 +107,19 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
     folder / 'checkpoint',
     {
       path: StreamedArray(shape, np.dtype(np.float32), stream(i, path, shape))
-      for i, (path, shape) in enumerate(keys.weight_shapes(MODEL).items())
+      for i, (path, shape) in enumerate(keys.weight_shapes(model).items())
     },
-    dataclasses.asdict(Config(model=MODEL)),
+    dataclasses.asdict(Config(model=model)),
     {SENTENCEPIECE_FILE: tokenizer},
   )
   to_hf(folder / 'checkpoint', folder / 'model')
   shutil.rmtree(folder / 'checkpoint')
   return folder / 'model'
+
+
+def _train_tokenizer() -> bytes:
+  texts = [path.read_text(errors='replace') for path in _find_library()]
+  return train_tokenizer(texts, MODEL.vocab_size)
 
 
 def _find_library() -> list[pathlib.Path]:
@@ -226,7 +233,7 @@ def run_benchmark(flags: argparse.Namespace) -> None:
   """
   with tempfile.TemporaryDirectory(prefix='rag') as place:
     place = pathlib.Path(place)
-    folder = flags.model or write_model(place)
+    folder = flags.model or write_model(place, MODEL, _train_tokenizer())
     tokenizer = open_initial(folder).tokenizer
     samples = make_samples(tokenizer, flags.tokens)
     model = GritLM.load(folder, dtype=flags.dtype)
