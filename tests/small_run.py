@@ -92,11 +92,9 @@ def start(
   home: pathlib.Path = ROOT,
 ) -> subprocess.Popen:
   """Starts the command in a process with one device, as on a laptop."""
-  count = f'--xla_force_host_platform_device_count={devices}'
   environment = os.environ | {
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as in conftest.py
+    'JAX_NUM_CPU_DEVICES': str(devices),
     'PYTHONPATH': str(ROOT),
-    'XLA_FLAGS': count,
   }
   return subprocess.Popen(
     [

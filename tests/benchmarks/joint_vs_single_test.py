@@ -30,8 +30,7 @@ def run_command(
       sys.executable, ROOT / 'benchmarks' / 'joint_vs_single.py',
       f'--folder={folder}', '--scale=tiny', *flags,
     ],
-    env=os.environ
-    | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(ROOT)},
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
   )  # fmt: skip

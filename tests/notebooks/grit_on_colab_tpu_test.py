@@ -104,11 +104,8 @@ def execute(
   folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, **values: Any
 ) -> dict[str, Any]:
   """Executes the notebook in a folder; returns its code cells by their id."""
-  # The kernel inherits them: the package of this tree, and a compiler that
-  # leaves out what takes time, as in conftest.py.
+  # The kernel imports the package of this tree.
   monkeypatch.setenv('PYTHONPATH', ':'.join([str(ROOT), *sys.path]))
-  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   small = {
     'SOURCE': str(ROOT),

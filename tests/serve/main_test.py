@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import signal
@@ -41,13 +40,11 @@ def workdir(
 
 
 def start(*flags: str) -> subprocess.Popen:
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-  }  # fmt: skip
   return subprocess.Popen(
     [sys.executable, '-m', 'grit_jax.serve', *flags],
-    env=environment, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def read_address(lines: Iterator[str]) -> str:
