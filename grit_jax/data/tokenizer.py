@@ -15,6 +15,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ JSON_FILE = 'tokenizer.json'
 CONFIG_FILE = 'tokenizer_config.json'
 # Where older folders name the special tokens.
 SPECIAL_TOKENS_FILE = 'special_tokens_map.json'
+
+# Tokens of a prefix that are decoded with what follows it, at first.
+_CONTEXT = 8
 
 # What the prompt format is made of has to survive.
 _PROBE = 'a\n\n b\n'
@@ -112,6 +116,31 @@ class Tokenizer(abc.ABC):
     Returns:
       The text; special tokens give nothing.
     """
+
+  def decode_after(self, prefix: Sequence[int], ids: Sequence[int]) -> str:
+    """Decodes the text that ids add to a prefix.
+
+    A token by itself does not tell its text: sentencepiece drops the blank
+    before the first one, and one character may be the bytes of several tokens.
+
+    Args:
+      prefix: Token ids before `ids`; its last ones are decoded too.
+      ids: Token ids, each in [0, V).
+
+    Returns:
+      The decoded text of both, less that of `prefix`. A character that begins
+      in `prefix` and ends in `ids` is in it.
+    """
+    size = _CONTEXT
+    context = list(prefix[-size:])
+    # Too short is a context without a character, or one that begins within one.
+    while size < len(prefix) and self.decode(context)[:1] in ('', '\ufffd'):
+      size *= 2
+      context = list(prefix[-size:])
+    before = self.decode(context)
+    whole = self.decode([*context, *ids])
+    # Where `prefix` ends within a character, `before` is no prefix of `whole`.
+    return whole[len(os.path.commonprefix([before, whole])) :]
 
   @abc.abstractmethod
   def _encode_with_ends(

@@ -115,17 +115,19 @@ class HeldOutEvaluation:
     for index in longest[:: max(1, len(longest) // 8)][1 : 1 + EXAMPLES]:
       conversation = self.conversations[index]
       prompt, answer = self._first_exchange(conversation)
+      expected = self.tokenizer.decode_after(prompt, answer)
       generated = self._generate(model, prompt)
       lines += [
         'Prompt:',
         _indent(_shorten(self.tokenizer.decode(prompt), 8)),
-        f'  true answer: {_shorten(self.tokenizer.decode(answer), 2)}',
+        f'  true answer: {_shorten(expected, 2)}',
         f'  generated:   {_shorten(generated.text, 2)}',
       ]
     return '\n'.join(lines)
 
   def _text(self, text: EmbeddingText) -> str:
-    return self.tokenizer.decode(text.ids[text.instruction_length :].tolist())
+    start = text.instruction_length
+    return self.tokenizer.decode_after(text.ids[:start], text.ids[start:])
 
   def _encode_all(self, model: Decoder) -> tuple[np.ndarray, np.ndarray]:
     encoded = self._encode(model, [*self.queries, *self.candidates])

@@ -100,9 +100,10 @@ class Settings(NamedTuple):
 class Text:
   """A text that grows by tokens, and may be stopped by a string."""
 
-  def __init__(self, tokenizer: Tokenizer, settings: Sampling):
-    """Starts with nothing."""
-    self.tokenizer, self.settings = tokenizer, settings
+  def __init__(self, tokenizer: Tokenizer, prompt: Prompt):
+    """Starts with nothing after the prompt."""
+    self.tokenizer, self.settings = tokenizer, prompt.sampling
+    self.prompt = prompt.ids
     self.ids: list[int] = []
     self.text, self.shown = '', 0
     self.finish_reason = ''
@@ -127,7 +128,7 @@ class Text:
     # A model may have more ids than its tokenizer has pieces.
     known = self.tokenizer.vocab_size
     ids = [i for i in self.ids if i < known and i != self.tokenizer.eos]
-    self.text = self.tokenizer.decode(ids)
+    self.text = self.tokenizer.decode_after(self.prompt, ids)
     ends = [self.text.find(string) for string in self.settings.stop]
     if any(end >= 0 for end in ends):
       self.text = self.text[: min(end for end in ends if end >= 0)]
@@ -171,7 +172,7 @@ class Generation:
       prompts: They share a cache as long as the longest of them needs.
     """
     self.prompts = prompts
-    self.texts = [Text(tokenizer, prompt.sampling) for prompt in prompts]
+    self.texts = [Text(tokenizer, prompt) for prompt in prompts]
     self._model = model
     self._batch = _Batch(model.config, prompts, tokenizer.eos)
     # The rows that fill the batch up have ended before they begin.

@@ -232,7 +232,9 @@ def test_a_piece_shows_no_half_character_and_no_half_stop_string(
 ):
   tokenizer = model.tokenizer
   ids = tokenizer.encode('a🙂 stop')
-  text = generation.Text(tokenizer, Sampling(100, stop=(' stops',)))
+  settings = Sampling(100, stop=(' stops',))
+  prompt = generation.Prompt(np.array([tokenizer.bos]), np.ones(1), settings)
+  text = generation.Text(tokenizer, prompt)
   shown = ''
   for token in ids:
     text.add([token])
