@@ -195,7 +195,7 @@ def _add_up_rows(
       product = jnp.einsum(
         'td,tv->dv', x, of_logits, preferred_element_type=jnp.float32
       )
-      added['head'] = (gradients['head'] + product).astype(head.dtype)
+      added['head'] = gradients['head'] + product
     return total + loss, added
 
   def add_if_any_counts(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
@@ -205,8 +205,13 @@ def _add_up_rows(
       any_counts, add, lambda sums, _: sums, sums, places
     ), None
 
-  inputs = {'hidden': hidden, 'head': head}
-  zeros = {name: jnp.zeros_like(inputs[name]) for name in wanted}
+  # The sum over chunks is in float32: bfloat16 would round it in every one.
+  zeros = {
+    name: jnp.zeros_like(hidden)
+    if name == 'hidden'
+    else jnp.zeros_like(head, jnp.float32)
+    for name in wanted
+  }
   (total, gradients), _ = jax.lax.scan(
     add_if_any_counts,
     (jnp.zeros((), jnp.float32), zeros),
@@ -216,7 +221,7 @@ def _add_up_rows(
     by_hidden = jax.lax.psum(gradients['hidden'], 'tensor')
     gradients['hidden'] = by_hidden.reshape(shape)
   if 'head' in wanted:
-    gradients['head'] = gradients['head'][None]
+    gradients['head'] = gradients['head'].astype(head.dtype)[None]
   return total[None], gradients
 
 

@@ -242,7 +242,8 @@ def cached_gradient(
   in use are not computed, and one program serves every batch. The arguments
   are those of `one_pass_gradient`, with a batch of chunks.
   """
-  gradient = jax.tree.map(jnp.zeros_like, model)
+  # The sum over chunks is in float32: bfloat16 would round it in every one.
+  gradient = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), model)
   loss, metrics = jnp.zeros((), jnp.float32), {}
   if batch.embedding is not None:
     gradient, loss_rep, metrics_rep = _cached_representation_gradient(
@@ -256,6 +257,7 @@ def cached_gradient(
     )
     loss += loss_gen
     metrics |= metrics_gen
+  gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, model)
   return gradient, {'loss': loss, **metrics}
 
 

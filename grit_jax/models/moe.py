@@ -282,8 +282,13 @@ def _travel_backward(saved, cotangent):
     )
     return jax.tree.map(jnp.add, total, pull_back(cotangent))
 
-  start = jax.tree.map(jnp.zeros_like, (tokens, trained))
-  of_tokens, of_experts = jax.lax.fori_loop(0, journey.rounds, add, start)
+  # The sum over rounds is in float32: bfloat16 would round it in every one.
+  inputs = (tokens, trained)
+  start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), inputs)
+  total = jax.lax.fori_loop(0, journey.rounds, add, start)
+  of_tokens, of_experts = jax.tree.map(
+    lambda x, like: x.astype(like.dtype), total, inputs
+  )
   return of_tokens, None, of_experts | dict.fromkeys(frozen)
 
 
