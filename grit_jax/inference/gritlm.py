@@ -490,15 +490,31 @@ class GritLM:
     return parts[:-1]
 
 
-def join_title(document: str | Mapping[str, str]) -> str:
-  """Returns a document's text, after its title if it has one."""
+def join_title(document: str | Mapping[str, str | None]) -> str:
+  """Returns a document's text, after its title if it has one.
+
+  Args:
+    document: A text, or a mapping with `text` and perhaps `title`; a title that
+      is None or blank is none.
+
+  Raises:
+    TypeError: The text or the title is no string.
+    ValueError: There is no text.
+  """
   if isinstance(document, str):
     return document
+  if not isinstance(document, Mapping):
+    raise TypeError(
+      f'A document is a string or a mapping, not {type(document).__name__}.'
+    )
   if 'text' not in document:
     raise ValueError(f"A document has no 'text': {sorted(document)}.")
-  if 'title' in document:
-    return f'{document["title"]} {document["text"]}'
-  return document['text']
+  text, title = document['text'], document.get('title')
+  _check_text(text, "A document's text")
+  if title is None:
+    return text
+  _check_text(title, "A document's title")
+  return f'{title} {text}' if title.strip() else text
 
 
 def _choose_model(model: ModelConfig, **choices: str) -> ModelConfig:

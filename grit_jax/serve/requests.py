@@ -329,7 +329,7 @@ def _take_messages(fields: _Fields) -> tuple[dict[str, str], ...]:
   system = ''
   offset = 0
   if turns[0][0] in ('system', 'developer'):
-    system, offset = turns.pop(0)[1] + '\n\n', 1
+    system, offset = turns.pop(0)[1], 1
   messages = []
   for number, (role, content) in enumerate(turns):
     expected = ('user', 'assistant')[number % 2]
@@ -342,7 +342,8 @@ def _take_messages(fields: _Fields) -> tuple[dict[str, str], ...]:
     messages.append({'role': role, 'content': content})
   if len(messages) % 2 == 0:
     raise _refuse('messages', "the last one is not the user's")
-  messages[0]['content'] = system + messages[0]['content']
+  if system:
+    messages[0]['content'] = f'{system}\n\n{messages[0]["content"]}'
   return tuple(messages)
 
 

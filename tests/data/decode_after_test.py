@@ -32,8 +32,9 @@ def test_a_text_after_any_split_is_the_rest_of_the_whole_decoded(
     before = any_tokenizer.decode(ids[:split])
     shared = os.path.commonprefix([before, whole])
     within += shared != before
-    assert any_tokenizer.decode_after(ids[:split], ids[split:]) == (
-      whole[len(shared) :]
+    assert (
+      any_tokenizer.decode_after(ids[:split], ids[split:])
+      == (whole[len(shared) :])
     )
   # Some splits are within a character.
   assert within > SPLITS / 100

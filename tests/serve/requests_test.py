@@ -88,3 +88,13 @@ def test_a_chat_without_settings_has_those_of_openai():
 def test_a_seed_of_64_bits_is_one_of_32(seed: int):
   found = parse_chat(json.dumps(CHAT | {'seed': seed}).encode(), 'm', 16)
   assert found.sampling.seed == seed % 2**32
+
+
+@pytest.mark.parametrize('role', ['system', 'developer'])
+def test_an_empty_system_message_is_none(role: str):
+  messages = [{'role': role, 'content': ''}, *CHAT['messages']]
+  found = parse_chat(
+    json.dumps(CHAT | {'messages': messages}).encode(), 'm', 16
+  )
+  without = parse_chat(json.dumps(CHAT).encode(), 'm', 16)
+  assert found.messages == without.messages
