@@ -154,9 +154,11 @@ def _is_scheduled(dump: pathlib.Path, limit_gib: float) -> bool:
   One that does not is left to the compiler, which says so by itself.
   """
   scheduled = memory.find_dump(dump, _SCHEDULED)
-  if not scheduled or not scheduled.read_text().endswith('}\n\n'):
-    return False
   assignment = memory.find_dump(dump, _ASSIGNMENT)
+  if not (scheduled and assignment):
+    return False
+  if not scheduled.read_text().endswith('}\n\n'):
+    return False
   totals = memory.read_totals(assignment.read_text())
   return totals[memory.HBM] <= limit_gib * 2**30
 
@@ -178,7 +180,7 @@ def _read(
   buffers, logits = memory.read_buffers(
     assignment, text('after_optimizations-live-range.txt'), module, program
   )
-  held = defaultdict(float)
+  held: dict[str, float] = defaultdict(float)
   for buffer in buffers:
     held[buffer['holds']] += buffer['gib']
   rest = totals[memory.HBM] / 2**30 - sum(held.values())
@@ -187,7 +189,7 @@ def _read(
   moved = collectives.find_collectives(
     module, program['loops'], chips // request.slices, request.slices
   )
-  kernels = defaultdict(int)
+  kernels: dict[str, int] = defaultdict(int)
   for computation in module.computations.values():
     for instruction in computation:
       if collectives.is_kernel(instruction):
