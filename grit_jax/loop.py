@@ -16,6 +16,9 @@ from grit_jax.objective import TrainState
 from grit_jax.processes import StopOnSignal
 from grit_jax.profile import Profile
 
+# Returns the figures of a model on the held-out records.
+Evaluate = Callable[[Decoder], dict[str, float]]
+
 
 class NonFiniteLossError(RuntimeError):
   """The loss or the gradient is not a number any more."""
@@ -31,7 +34,7 @@ class Loop:
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     profile: Profile,
-    evaluate: Callable[[Decoder], dict[str, float]] | None,
+    evaluate: Evaluate | None,
   ):
     """Prepares to run the steps that `pipeline` plans."""
     self.config, self.pipeline = config, pipeline
@@ -62,13 +65,13 @@ class Loop:
         self._report(*pending)
       pending = (step, metrics, host)
       saves = step % self.config.checkpoint.every_steps == 0
-      evaluates = self._is_evaluated(step)
-      if saves or evaluates:
+      evaluate = self._find_evaluation(step)
+      if saves or evaluate:
         self._report(*pending)
         pending = None
       # First, so that a run that goes on from the checkpoint has its figures.
-      if evaluates:
-        self._evaluate(step, state)
+      if evaluate:
+        self._write_evaluation(step, evaluate, state)
       if saves:
         save(step, state)
     if pending is not None:
@@ -78,17 +81,18 @@ class Loop:
     self.checkpoints.wait()
     return state, step
 
-  def _is_evaluated(self, step: int) -> bool:
-    """Whether the model is evaluated after a step."""
+  def _find_evaluation(self, step: int) -> Evaluate | None:
+    """Returns what evaluates the model after a step; None: nothing does."""
     every = self.config.evaluation.every_steps
-    if self.evaluate is None or not every:
-      return False
-    return step % every == 0 or step == self.config.steps
+    last = step == self.config.steps
+    return self.evaluate if every and (step % every == 0 or last) else None
 
-  def _evaluate(self, step: int, state: TrainState) -> None:
+  def _write_evaluation(
+    self, step: int, evaluate: Evaluate, state: TrainState
+  ) -> None:
     """Writes the figures of the held-out records."""
     start = time.perf_counter()
-    self.writer.write_evaluation(step, self.evaluate(state.model))
+    self.writer.write_evaluation(step, evaluate(state.model))
     # Training's speed is not to count it.
     self.logged_at += time.perf_counter() - start
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from typing import Any
 
 import jax
 import tensorboardX
@@ -54,14 +55,14 @@ class MetricsWriter:
     self._step = start_step
     if not self._is_writer:
       return
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / 'metrics.jsonl'
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'metrics.jsonl'
     if path.exists():
       _keep_until(path, start_step)
     self._file = _CloudFile(path) if _in_cloud(path) else open(path, 'a')
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'),
+      str(folder / 'tensorboard'),
       purge_step=start_step + 1 if start_step else 0,
     )
     self._bar = tqdm.tqdm(
@@ -146,7 +147,7 @@ def _in_cloud(path: epath.Path) -> bool:
   return str(path).startswith('gs://')
 
 
-def _read(path: epath.Path) -> list[dict[str, float | None]]:
+def _read(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file, without a torn last one."""
   lines = path.read_text().splitlines()
   records = []
@@ -184,8 +185,8 @@ def plot_losses(workdir: os.PathLike | str) -> epath.Path:
   Returns:
     The picture's path.
   """
-  workdir = epath.Path(workdir)
-  records = _read(workdir / 'metrics.jsonl')
+  folder = epath.Path(workdir)
+  records = _read(folder / 'metrics.jsonl')
   plots = [
     plot for plot in PLOTS if any(plot[0] in record for record in records)
   ] or PLOTS[:1]
@@ -215,7 +216,7 @@ def plot_losses(workdir: os.PathLike | str) -> epath.Path:
     axes.spines[['top', 'right']].set_visible(False)
   rows[-1].set_xlabel('step')
   figure.align_ylabels()
-  path = workdir / 'loss.png'
+  path = folder / 'loss.png'
   picture = io.BytesIO()
   figure.savefig(picture, dpi=150, format='png')
   path.write_bytes(picture.getvalue())

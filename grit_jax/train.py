@@ -31,12 +31,12 @@ from grit_jax.checkpoint import (
 from grit_jax.config import Config, ConfigError
 from grit_jax.convert import ConvertError
 from grit_jax.data import records
-from grit_jax.data.dataset import Dataset
 from grit_jax.data.filling import RowShards
 from grit_jax.data.folders import PreparationError
 from grit_jax.data.formats import FormatError
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.preparation import (
+  Datasets,
   Found,
   check_kinds,
   fit_vocabulary,
@@ -181,7 +181,7 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   tokenizer = _find_tokenizer(config, workdir, found, initial)
   config = fit_vocabulary(config, tokenizer)
   train_sets = prepare_data(config, workdir, found, tokenizer, TRAIN)
-  held_out = {}
+  held_out: Datasets = {records.EMBEDDING: [], records.GENERATIVE: []}
   if config.evaluation.enabled:
     held_out = prepare_data(config, workdir, found, tokenizer, HELD_OUT)
   pipeline = Pipeline(
@@ -207,7 +207,7 @@ def _run(
   workdir: epath.Path,
   tokenizer: Tokenizer,
   pipeline: Pipeline,
-  held_out: dict[str, list[Dataset]],
+  held_out: Datasets,
   initial: InitialModel | None,
   checkpoints: Checkpoints,
   stop: StopOnSignal,
@@ -250,7 +250,7 @@ def _run(
     data_iterator=batches,
     config=dataclasses.asdict(config),
     tokenizer=tokenizer.files,
-    base=describe_base(initial) if config.lora.rank else None,
+    base=describe_base(initial) if initial and config.lora.rank else None,
   )
   with (
     MetricsWriter(workdir, start, config.steps) as writer,
@@ -330,7 +330,7 @@ def _start_state(
   checkpoint's data goes into `batches`.
   """
   key = jax.random.key(config.seed)
-  if config.lora.rank:
+  if initial is not None and config.lora.rank:
     return _start_adapters(config, optimizer, initial, checkpoints, batches)
   draw = jax.jit(partial(Decoder, config.model))
   latest = checkpoints.latest()
@@ -392,14 +392,11 @@ def _report_plan(config: Config, pipeline: Pipeline) -> None:
   )
 
 
-def _check_same_data(
-  datasets: dict[str, list[Dataset]], pipeline: Pipeline
-) -> None:
+def _check_same_data(datasets: Datasets, pipeline: Pipeline) -> None:
   """Checks that all processes plan the same batches of the same records."""
   index = [
     (dataset.name, len(dataset), int(dataset.lengths.sum()))
-    for kind in datasets.values()
-    for dataset in kind
+    for dataset in (*datasets['embedding'], *datasets['generative'])
   ]
   processes.check_equal('the prepared data', repr(index))
   processes.check_equal('the plan', repr(pipeline.buckets))

@@ -197,7 +197,7 @@ class GenerativeEncoder:
     prompts = [
       formats.format_conversation(record, self._tokenizer) for record in batch
     ]
-    examples = []
+    examples: list[Example | None] = []
     for ids, part in self._tokenizer.encode_parts_batch(
       prompts, self._num_threads
     ):

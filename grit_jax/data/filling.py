@@ -89,7 +89,9 @@ class Filler:
     out.reshape(-1)[self._places] = values
     return out
 
-  def rows(self, ids: Sequence[np.ndarray], in_instruction: np.ndarray) -> Rows:
+  def rows(
+    self, ids: Sequence[np.ndarray], in_instruction: np.ndarray
+  ) -> Rows[np.ndarray]:
     """Returns what the decoder reads.
 
     Args:
@@ -106,7 +108,7 @@ class Filler:
 
 def fill_texts(
   fill: Filler, texts: Sequence[EmbeddingText | Conversation]
-) -> Rows:
+) -> Rows[np.ndarray]:
   """Returns what the decoder reads, of the texts of `fill.texts`."""
   return fill.rows(
     [text.ids for text in texts],

@@ -3,8 +3,8 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import zstandard
 from etils import epath
@@ -53,7 +53,7 @@ def read_lines(path: epath.Path) -> Iterator[tuple[bytes, int]]:
       raise RecordError(f'{path}: not a whole zstd file: {error}') from error
 
 
-def _decompress(file: BinaryIO, name: str) -> BinaryIO:
+def _decompress(file: BinaryIO, name: str) -> Iterable[bytes]:
   if name.endswith('.gz'):
     return gzip.open(file)
   if name.endswith('.zst'):
@@ -78,13 +78,14 @@ class _ZstdFile(io.RawIOBase):
     self._decompressor = zstandard.ZstdDecompressor(
       max_window_size=_ZSTD_WINDOW
     )
-    self._frame = None
-    self._block = self._text = b''
+    self._frame: zstandard.ZstdDecompressionObj | None = None
+    self._block, self._text = b'', memoryview(b'')
 
   def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer: memoryview) -> int:
+  # A writable buffer, for which there is a type from Python 3.12 on.
+  def readinto(self, buffer: Any) -> int:
     while not self._text:
       if not self._block:
         self._block = self._file.read(_ZSTD_BLOCK)

@@ -273,7 +273,7 @@ class _SplitWriter:
       self._features.get_serialized_info()
     )
     self._path = folder / f'{split}.array_record'
-    self._writer = None
+    self._writer: array_record_module.ArrayRecordWriter | None = None
     self._bytes = 0
     self._record_ids = array.array('q')
 

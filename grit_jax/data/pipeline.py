@@ -36,7 +36,7 @@ class HostBatch:
     computed_tokens: tokens that the step runs through the model, likewise.
   """
 
-  batch: batches.Batch
+  batch: batches.Batch[np.ndarray]
   useful_tokens: int
   computed_tokens: int
 
@@ -136,7 +136,7 @@ class Pipeline:
 
   def _build_embedding(
     self, plan: EmbeddingPlan, num_rows: int
-  ) -> batches.EmbeddingRows:
+  ) -> batches.EmbeddingRows[np.ndarray]:
     fill = self._fill(plan, num_rows)
     places, chosen = np.divmod(fill.texts, plan.texts.shape[1])
     read = _read(
@@ -164,7 +164,7 @@ class Pipeline:
 
   def _build_generative(
     self, plan: GenerativePlan, num_rows: int
-  ) -> batches.GenerativeRows:
+  ) -> batches.GenerativeRows[np.ndarray]:
     fill = self._fill(plan, num_rows)
     read = _read(self.plan.generative, plan.datasets, plan.records, fill.texts)
     texts = [read[place] for place in fill.texts.tolist()]
@@ -186,7 +186,7 @@ class Pipeline:
   def _chunks(self, num_rows: int) -> np.ndarray:
     """Returns the chunks that hold `num_rows`; 0 without chunks."""
     chunk_rows = self.config.memory.chunk_rows
-    return np.int32(-(-num_rows // chunk_rows) if chunk_rows else 0)
+    return np.array(-(-num_rows // chunk_rows) if chunk_rows else 0, np.int32)
 
   def iterate(self) -> grain.DatasetIterator:
     """Returns the run's batches; the iterator's state is its place."""
@@ -238,7 +238,7 @@ def _read(
   datasets: list, which: np.ndarray, records: np.ndarray, places: np.ndarray
 ) -> dict:
   """Reads some places of a batch, each a record of one of several data sets."""
-  found = {}
+  found: dict = {}
   for number in np.unique(which[places]):
     wanted = places[which[places] == number]
     read = datasets[number].read(records[wanted])

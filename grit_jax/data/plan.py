@@ -6,6 +6,7 @@ plan, and a resumed run goes on with the batches it would have seen.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from absl import logging
@@ -18,6 +19,8 @@ from grit_jax.data.packing import Packing, pack
 
 # What a random draw is for; part of its seed, so that draws are independent.
 _EMBEDDING_ORDER, _GENERATIVE_ORDER, _PASSAGES = range(3)
+
+AnyDataset = TypeVar('AnyDataset', bound=Dataset)
 
 # Records whose index is looked at together.
 _CHUNK = 1 << 18
@@ -233,8 +236,8 @@ def _report_unused(datasets: Sequence[Dataset], order: BatchOrder) -> None:
 
 
 def _by_dataset(
-  datasets: Sequence[Dataset], which: np.ndarray
-) -> Iterator[tuple[Dataset, np.ndarray]]:
+  datasets: Sequence[AnyDataset], which: np.ndarray
+) -> Iterator[tuple[AnyDataset, np.ndarray]]:
   """Yields each data set of a batch, and its places there."""
   for number in np.unique(which):
     yield datasets[number], np.flatnonzero(which == number)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from typing import TypedDict
 
 from absl import logging
 from etils import epath
@@ -11,7 +12,13 @@ from etils import epath
 from grit_jax import processes
 from grit_jax.config import Config, ConfigError
 from grit_jax.data import records
-from grit_jax.data.dataset import Dataset, EmptySplitError, open_dataset
+from grit_jax.data.dataset import (
+  Dataset,
+  EmbeddingDataset,
+  EmptySplitError,
+  GenerativeDataset,
+  open_dataset,
+)
 from grit_jax.data.parts import Settings
 from grit_jax.data.prepared import PreparedSource
 from grit_jax.data.records import RecordError
@@ -29,6 +36,13 @@ from grit_jax.data.tokenizer_training import train_tokenizer
 Found = list[Source | PreparedSource]
 
 _POLL_SECONDS = 0.5
+
+
+class Datasets(TypedDict):
+  """The data sets of a split, by kind."""
+
+  embedding: list[EmbeddingDataset]
+  generative: list[GenerativeDataset]
 
 
 def check_kinds(config: Config, found: Found) -> None:
@@ -58,9 +72,11 @@ def train_or_load_tokenizer(
   The latter is trained on the data at the run's first start, by the first of
   its processes; the others wait for its file.
   """
+  raw = []
   for source in found:
     if isinstance(source, PreparedSource):
       return source.load_tokenizer()
+    raw.append(source)
   path = workdir / 'tokenizer.model'
   while not path.exists() and not processes.is_first():
     time.sleep(_POLL_SECONDS)
@@ -68,7 +84,7 @@ def train_or_load_tokenizer(
     logging.info(
       'Training a tokenizer of %d pieces.', config.data.tokenizer_pieces
     )
-    texts = (text for source in found for text in _strings(config, source))
+    texts = (text for source in raw for text in _strings(config, source))
     model = train_tokenizer(texts, config.data.tokenizer_pieces)
     partial_path = workdir / 'tokenizer.model.partial'
     partial_path.write_bytes(model)
@@ -129,7 +145,7 @@ def prepare_data(
   found: Found,
   tokenizer: Tokenizer,
   split: str,
-) -> dict[str, list[Dataset]]:
+) -> Datasets:
   """Tokenizes the data, or opens what is tokenized; data sets by kind.
 
   The streams that the mode lacks are empty, as is a split that holds nothing
@@ -143,7 +159,7 @@ def prepare_data(
   raw = [source for source in found if isinstance(source, Source)]
   directory = config.data.cache_dir or workdir / 'data'
   folders = iter(tokenize(raw, tokenizer, directory, make_settings(config)))
-  prepared: dict[str, list[Dataset]] = {kind: [] for kind in used}
+  prepared: Datasets = {records.EMBEDDING: [], records.GENERATIVE: []}
   for source in found:
     if isinstance(source, PreparedSource):
       check_prepared(config, source, tokenizer)
@@ -159,7 +175,10 @@ def prepare_data(
       continue
     if split == TRAIN:
       _report(dataset)
-    prepared[source.kind].append(dataset)
+    if isinstance(dataset, EmbeddingDataset):
+      prepared[records.EMBEDDING].append(dataset)
+    else:
+      prepared[records.GENERATIVE].append(dataset)
   return prepared
 
 

@@ -26,7 +26,7 @@ from grit_jax.data.folders import PreparationError
 from grit_jax.data.preparation import make_settings
 from grit_jax.data.prepared import PreparedSource, write_prepared
 from grit_jax.data.records import RecordError
-from grit_jax.data.sources import sources
+from grit_jax.data.sources import Source, sources
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
 from grit_jax.logs import quiet_libraries
@@ -122,7 +122,8 @@ def prepare(config: Config, target: str) -> None:
     if isinstance(source, PreparedSource):
       raise ConfigError(f'{source.directory} is already prepared.')
   settings = make_settings(config)
-  folders = tokenize(found, tokenizer, target, settings)
+  raw = [source for source in found if isinstance(source, Source)]
+  folders = tokenize(raw, tokenizer, target, settings)
   summaries = [summary.summarize(folder) for folder in folders]
   summary.write(summaries, directory)
   write_prepared(directory, folders, tokenizer, dataclasses.asdict(settings))

@@ -15,10 +15,10 @@ lines.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-EMBEDDING = 'embedding'
-GENERATIVE = 'generative'
+EMBEDDING: Final = 'embedding'
+GENERATIVE: Final = 'generative'
 
 
 # Why a record is not what it must be, as reports count it.
@@ -254,9 +254,9 @@ def _parse_generative(fields: dict[str, Any], where: str) -> GenerativeRecord:
   if isinstance(value, str):
     turns = (check_string(value, 'text', where),)
     return GenerativeRecord(turns, plain=True, id=identity)
-  turns = 'a string or a list of turns: user, assistant, user, ...'
+  expected = 'a string or a list of turns: user, assistant, user, ...'
   if not isinstance(value, list) or not value:
-    raise mismatch(where, 'text', value, turns)
+    raise mismatch(where, 'text', value, expected)
   if len(value) % 2:
     problem = 'no answer' if len(value) == 1 else 'the last one has no answer'
     raise RecordError(

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -334,7 +334,7 @@ def sources(
   return found
 
 
-def _find_files(path: epath.Path) -> list[Source | PreparedSource]:
+def _find_files(path: epath.Path) -> Sequence[Source | PreparedSource]:
   if not path.exists():
     raise FileNotFoundError(f'{path}: there is no such file or folder')
   if not path.is_dir():

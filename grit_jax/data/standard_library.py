@@ -167,7 +167,9 @@ def source_without_docstring(lines: Sequence[bytes], node: FunctionNode) -> str:
   first = min(part.lineno for part in (node, *node.decorator_list)) - 1
   kept = list(lines[first : node.end_lineno])
   docstring = node.body[0]
-  top, bottom = docstring.lineno - 1 - first, docstring.end_lineno - first
+  top = docstring.lineno - 1 - first
+  # A node that was parsed has a last line.
+  bottom = docstring.end_lineno - first  # type: ignore[operator]
   before = kept[top][: docstring.col_offset]
   after = kept[bottom - 1][docstring.end_col_offset :].lstrip(b' ;')
   if len(node.body) == 1:
@@ -196,8 +198,8 @@ def split_functions(
     functions: of all splits.
     is_held_out: whether a function is in test.
   """
-  splits = {'train': [], 'test': []}
-  seen = set()
+  splits: dict[str, list[Function]] = {'train': [], 'test': []}
+  seen: set[tuple[str, ...]] = set()
   # Test first, so that of what is in both it is train that goes without.
   for one in sorted(functions, key=lambda one: not is_held_out(one)):
     source = ' '.join(one.source.split())
@@ -219,7 +221,8 @@ def split_functions(
 @functools.cache
 def read_library() -> dict[str, list[Function]]:
   """Returns the functions of the running Python's library, by split."""
-  functions, unreadable = [], 0
+  functions: list[Function] = []
+  unreadable = 0
   for module, path in library_files(pathlib.Path(sysconfig.get_path('stdlib'))):
     try:
       with tokenize.open(path) as file:
@@ -245,7 +248,7 @@ def with_neighbours(
   They are of the same module. Only where it has no other function they are of
   the same package, and then of any, in the order of a hash.
   """
-  modules = {}
+  modules: dict[str, list[Function]] = {}
   for one in functions:
     modules.setdefault(one.module, []).append(one)
   for one in functions:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import tqdm
@@ -96,12 +96,13 @@ def tokenize(
         _write_jobs(waiting, bar, workers or count_cores())
       ) as written:
         waiting = [job for job in written if not job.merge()]
-    return [job.find() for job in jobs]
+    # All are there by now, so `find` returns no None.
+    return [job.find() or job.whole for job in jobs]
 
 
 def _write_jobs(
   jobs: list['_Job'], bar: tqdm.tqdm, workers: int
-) -> Iterator['_Job']:
+) -> Generator['_Job']:
   """Writes what parts are missing, and yields each job that has them all."""
   job_of = {}
 

@@ -77,7 +77,7 @@ class Tokenizer(abc.ABC):
     content = b''.join(self.files[name] for name in sorted(self.files))
     self.fingerprint = hashlib.sha256(content).hexdigest()
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple:
     """Pickles the files."""
     return make_tokenizer, (self.files, 'tokenizer')
 
@@ -209,6 +209,8 @@ class SentencePieceTokenizer(Tokenizer):
   Attributes:
     newline: Id of the token of a newline.
   """
+
+  unk: int
 
   def __init__(self, model: bytes, where: str = 'tokenizer'):
     """Builds the tokenizer.
@@ -391,7 +393,8 @@ class JsonTokenizer(Tokenizer):
         )
     self.bos = vocabulary[self.bos_piece]
     self.eos = vocabulary[self.eos_piece]
-    self.unk = vocabulary.get(special.get('unk_token'))
+    unk = special.get('unk_token')
+    self.unk = None if unk is None else vocabulary.get(unk)
     self.vocab_size = 1 + max(vocabulary.values())
     found = self.decode(self.encode(_PROBE))
     if found != _PROBE:
@@ -504,7 +507,7 @@ def _load_folder(folder: epath.Path) -> Tokenizer:
   if not json_file.exists():
     return load_tokenizer(model)
   try:
-    tokenizer = load_tokenizer(model)
+    tokenizer = SentencePieceTokenizer(model.read_bytes(), str(model))
   except TokenizerError:
     # As of Llama 3, whose file of that name is of another format.
     return _load_json(json_file)

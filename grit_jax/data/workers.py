@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from grit_jax.data.folders import PreparationError
 from grit_jax.data.parts import PART_BYTES, PartTask, Settings, write_part
@@ -33,7 +33,7 @@ def write_parts(
   tokenizer: Tokenizer,
   settings: Settings,
   workers: int,
-) -> Iterator[PartTask]:
+) -> Generator[PartTask]:
   """Writes parts; little work is done in this process.
 
   At most one part more than there are workers is held in memory.
@@ -90,7 +90,7 @@ def _write_with_workers(
     (tokenizer, settings),
   )
   try:
-    waiting = collections.deque()
+    waiting: collections.deque = collections.deque()
     for task in tasks:
       with _empty_main():
         waiting.append((task, executor.submit(_work, task)))
@@ -130,9 +130,10 @@ def _start_worker(tokenizer: Tokenizer, settings: Settings) -> None:
 
 
 def _end_with_parent() -> None:
-  sentinel = multiprocessing.parent_process().sentinel
-  multiprocessing.connection.wait([sentinel])
-  os._exit(1)
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(task: PartTask) -> None:

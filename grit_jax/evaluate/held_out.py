@@ -71,7 +71,7 @@ class HeldOutEvaluation:
 
   def evaluate(self, model: Decoder) -> dict[str, float]:
     """Returns recall_at_1, recall_at_10, ndcg_at_10, generative_loss, ..."""
-    result = {}
+    result: dict[str, float] = {}
     if self.queries:
       queries, candidates = self._encode_all(model)
       ranks = retrieval.rank_of_positive(queries, candidates, self.positives)
@@ -137,7 +137,7 @@ class HeldOutEvaluation:
     self, model: Decoder, texts: Sequence[EmbeddingText]
   ) -> np.ndarray:
     """Returns the texts' embeddings, float32 [texts, D] of length 1."""
-    encoded: list[np.ndarray | None] = [None] * len(texts)
+    encoded: dict[int, np.ndarray] = {}
     for members, packing, fill in self._pack([text.ids for text in texts]):
       rows = fill_texts(fill, [texts[i] for i in members[fill.texts]])
       found = np.asarray(
@@ -147,7 +147,7 @@ class HeldOutEvaluation:
         members, packing.rows, packing.segments, strict=True
       ):
         encoded[i] = found[row, segment - 1]
-    return np.stack(encoded)
+    return np.stack([encoded[i] for i in range(len(texts))])
 
   def _generative_loss(self, model: Decoder) -> float:
     """Returns the mean loss of an answer's token."""
@@ -156,7 +156,7 @@ class HeldOutEvaluation:
       own = [texts[i] for i in members[fill.texts]]
       in_loss = fill.join([text.in_loss for text in own], bool)
       batch = GenerativeRows(
-        fill_texts(fill, own), fill(in_loss, np.float32), np.int32(0)
+        fill_texts(fill, own), fill(in_loss, np.float32), np.zeros((), np.int32)
       )
       total += float(
         _loss_sum(self.config, model, place_batch(self.mesh, batch))

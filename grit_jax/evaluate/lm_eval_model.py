@@ -139,7 +139,7 @@ class LanguageModel(TemplateLM):
         self.cache_hook.add_partial('loglikelihood', texts, tuple(score[:2]))
 
     scores = self.model.score_tokens(candidates, keep)
-    return [tuple(score[:2]) for score in scores]
+    return [(score.log_likelihood, score.greedy) for score in scores]
 
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
