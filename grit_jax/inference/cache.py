@@ -15,7 +15,10 @@ import numpy as np
 from etils import epath
 
 # How a file names its dtype: NumPy's format has no bfloat16.
-_STORED = {'bfloat16': np.dtype(np.uint16), 'float32': np.dtype(np.float32)}
+_STORED: dict[str, np.dtype] = {
+  'bfloat16': np.dtype(np.uint16),
+  'float32': np.dtype(np.float32),
+}
 
 
 class CacheError(ValueError):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -63,6 +64,17 @@ class Request:
   get_cache: bool = False
 
 
+class Options(TypedDict, total=False):
+  """What `GritLM.encode` takes besides texts and `get_cache`."""
+
+  instruction: str
+  max_length: int
+  batch_size: int
+  add_special_tokens: bool
+  normalized: bool
+  show_progress_bar: bool | None
+
+
 class Encoder:
   """Encodes texts with one model; under `jax.set_mesh`."""
 
@@ -72,7 +84,7 @@ class Encoder:
 
   def encode(
     self, texts: Sequence[str], request: Request, progress: bool
-  ) -> tuple[np.ndarray, list[KVCache] | None]:
+  ) -> tuple[np.ndarray, list[KVCache]]:
     """Encodes texts of any mix of lengths.
 
     Args:
@@ -82,7 +94,7 @@ class Encoder:
 
     Returns:
       float32 [texts, D], in the order of the texts; a text without tokens is
-      0. And the caches, if they are asked for.
+      0. And the caches; none if they are not asked for.
 
     Raises:
       FormatError: The prefix leaves no room for a text.
@@ -90,7 +102,7 @@ class Encoder:
     model = self.model.config
     width = model.projection_dim or model.embed_dim
     found = np.zeros((len(texts), width), np.float32)
-    caches: list[KVCache | None] = [None] * len(texts)
+    caches: dict[int, KVCache] = {}
     cut = empty = 0
     with tqdm(
       total=len(texts), desc='Encoding', unit='text', disable=not progress
@@ -102,11 +114,8 @@ class Encoder:
           text.instruction_length == len(text.ids) for text in tokens
         )
         for members, rows, keys_values in self._run(tokens, request):
-          for i, (embedding, cache) in enumerate(
-            zip(rows, keys_values, strict=True)
-          ):
-            found[start + members[i]] = embedding
-            caches[start + members[i]] = cache
+          found[start + members] = rows
+          caches.update(zip(start + members, keys_values, strict=False))
           bar.update(len(members))
     if cut:
       logging.warning(
@@ -117,7 +126,7 @@ class Encoder:
       logging.warning(
         '%d of %d texts are empty; their embeddings are 0.', empty, len(texts)
       )
-    return found, caches if request.get_cache else None
+    return found, [caches[i] for i in range(len(caches))]
 
   def _tokenize(
     self, texts: Sequence[str], request: Request
@@ -136,8 +145,8 @@ class Encoder:
 
   def _run(
     self, texts: Sequence[EmbeddingText], request: Request
-  ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[KVCache | None]]]:
-    """Encodes tokens; yields which texts, their embeddings and their caches."""
+  ) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[KVCache]]]:
+    """Encodes tokens; yields which texts, their embeddings and any caches."""
     pending: collections.deque = collections.deque()
     for members, packing, rows, segments in self._pack(texts, request):
       result = _embed(
@@ -156,26 +165,25 @@ class Encoder:
     members: np.ndarray,
     packing: Packing,
     result: tuple,
-  ) -> tuple[np.ndarray, list[np.ndarray], list[KVCache | None]]:
+  ) -> tuple[np.ndarray, list[np.ndarray], list[KVCache]]:
     """Reads the texts' embeddings and caches out of the rows of a call."""
     embeddings, layers = jax.device_get(result)
-    found, caches = [], []
+    found: list[np.ndarray] = []
+    caches: list[KVCache] = []
     for text, row, segment, offset in zip(
       members, packing.rows, packing.segments, packing.offsets, strict=True
     ):
       found.append(embeddings[row, segment - 1])
-      if not layers:
-        caches.append(None)
-        continue
-      place = np.s_[row, offset : offset + len(texts[text].ids)]
-      caches.append(
-        KVCache(
-          *(
-            np.stack([layer[part][place].swapaxes(0, 1) for layer in layers])
-            for part in (0, 1)
+      if layers:
+        place = np.s_[row, offset : offset + len(texts[text].ids)]
+        caches.append(
+          KVCache(
+            *(
+              np.stack([layer[part][place].swapaxes(0, 1) for layer in layers])
+              for part in (0, 1)
+            )
           )
         )
-      )
     return members, found, caches
 
   def _pack(

@@ -80,7 +80,7 @@ class State(NamedTuple):
 
   cache: list[KeysValues]
   token: jax.Array  # int32 [B], the newest
-  count: jax.Array  # int32 [B], tokens generated
+  made: jax.Array  # int32 [B], tokens generated
   done: jax.Array  # bool [B]
   place: jax.Array  # int32 [], where `token` goes in the cache
 
@@ -303,7 +303,8 @@ class _Batch:
             stop = begin + len(prompt.cache)
             array[row, :, begin:stop] = getattr(prompt.cache, part)[layer]
         pair.append(place(self.mesh, array, *axes))
-      layers.append(tuple(pair))
+      keys, values = pair
+      layers.append((keys, values))
     return layers
 
   def _chunks(self) -> list[Chunk]:
@@ -326,17 +327,18 @@ class _Batch:
       window = self.config.sliding_window
       first = np.maximum(first, places - window + 1)
       last = np.minimum(last, places + window - 1)
+    rows = {
+      'tokens': tokens, 'positions': positions, 'real': real,
+      'first': first, 'last': last,
+    }  # fmt: skip
     put = partial(place, self.mesh)
     chunks, start = [], 0
     for size in self.chunks:
       part = np.s_[:, start : start + size]
       chunks.append(
         Chunk(
-          *(
-            put(x[part], 'rows', 'seq')
-            for x in (tokens, positions, real, first, last)
-          ),
-          put(np.array(places[start], np.int32)),
+          **{name: put(x[part], 'rows', 'seq') for name, x in rows.items()},
+          start=put(np.array(places[start], np.int32)),
         )
       )
       start += size
@@ -478,11 +480,11 @@ def _decode(
       start=state.place,
     )
     hidden, cache = model.extend(chunk, state.cache)
-    token = _choose(model, hidden, settings, state.count)
+    token = _choose(model, hidden, settings, state.made)
     tokens = tokens.at[:, number].set(jnp.where(state.done, -1, token))
-    count = state.count + ~state.done
-    done = state.done | (token == settings.eos) | (count >= settings.limit)
-    state = State(cache, token, count, done, state.place + 1)
+    made = state.made + ~state.done
+    done = state.done | (token == settings.eos) | (made >= settings.limit)
+    state = State(cache, token, made, done, state.place + 1)
     return state, tokens, number + 1
 
   def goes_on(carry: tuple) -> jax.Array:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from grit_jax.config import (
 from grit_jax.data import formats
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.cache import KVCache
-from grit_jax.inference.encoding import Encoder, Request
+from grit_jax.inference.encoding import Encoder, Options, Request
 from grit_jax.inference.generation import Completion, Prompt, generate
 from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.scoring import (
@@ -39,6 +41,9 @@ from grit_jax.models.quantization import KINDS
 Message = Mapping[str, str]
 # A text that is continued as it is, or a conversation that is answered.
 PromptText = str | Sequence[Message]
+
+# Documents: texts, or mappings with `text` and perhaps `title`.
+Corpus = str | Mapping[str, str] | Sequence[str | Mapping[str, str]]
 
 # Texts from which on a bar shows the progress, unless it is asked for.
 LONG_WORK = 256
@@ -128,6 +133,29 @@ class GritLM:
       model = load_unstacked(config, initial, quantization)
     return cls(config, model, initial.tokenizer, grid)
 
+  @overload
+  def encode(
+    self,
+    sentences: str | Sequence[str],
+    instruction: str = '',
+    max_length: int = 512,
+    batch_size: int = 32,
+    get_cache: Literal[False] = False,
+    *,
+    add_special_tokens: bool = True,
+    normalized: bool = True,
+    show_progress_bar: bool | None = None,
+  ) -> np.ndarray: ...
+
+  @overload
+  def encode(
+    self,
+    sentences: str | Sequence[str],
+    *,
+    get_cache: Literal[True],
+    **options: Unpack[Options],
+  ) -> tuple[np.ndarray, list[KVCache]]: ...
+
   def encode(
     self,
     sentences: str | Sequence[str],
@@ -203,16 +231,42 @@ class GritLM:
     )
     return [len(ids) if part.any() else 0 for ids, part in encoded]
 
+  @overload
   def encode_queries(
-    self, queries: str | Sequence[str], **arguments
+    self, queries: str | Sequence[str], **options: Unpack[Options]
+  ) -> np.ndarray: ...
+
+  @overload
+  def encode_queries(
+    self,
+    queries: str | Sequence[str],
+    *,
+    get_cache: Literal[True],
+    **options: Unpack[Options],
+  ) -> tuple[np.ndarray, list[KVCache]]: ...
+
+  def encode_queries(
+    self, queries: str | Sequence[str], **arguments: Any
   ) -> np.ndarray | tuple[np.ndarray, list[KVCache]]:
     """Embeds queries: `encode`, whose arguments it takes."""
     return self.encode(queries, **arguments)
 
+  @overload
+  def encode_corpus(
+    self, corpus: Corpus, **options: Unpack[Options]
+  ) -> np.ndarray: ...
+
+  @overload
   def encode_corpus(
     self,
-    corpus: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
-    **arguments,
+    corpus: Corpus,
+    *,
+    get_cache: Literal[True],
+    **options: Unpack[Options],
+  ) -> tuple[np.ndarray, list[KVCache]]: ...
+
+  def encode_corpus(
+    self, corpus: Corpus, **arguments: Any
   ) -> np.ndarray | tuple[np.ndarray, list[KVCache]]:
     """Embeds documents: `encode`, whose arguments it takes.
 
@@ -264,7 +318,7 @@ class GritLM:
       ValueError: An argument cannot be, or a conversation is not one.
     """
     one = isinstance(prompts, str) or _is_conversation(prompts)
-    all_prompts = [prompts] if one else list(prompts)
+    all_prompts: list[Any] = [prompts] if one else list(prompts)
     caches = [cache] if isinstance(cache, KVCache) else cache
     if caches is not None and len(caches) != len(all_prompts):
       raise ValueError(
@@ -332,7 +386,7 @@ class GritLM:
     """
     # Prompts of like lengths go together: a batch is as long as its longest.
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
-    found: list[Completion | None] = [None] * len(prompts)
+    found: dict[int, Completion] = {}
     with tqdm(
       total=len(prompts),
       desc='Generating',
@@ -341,21 +395,17 @@ class GritLM:
     ) as bar:
       for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-
-        def show(row: int, piece: str, members=members) -> None:
-          callback(members[row], piece)
-
+        show = callback and partial(_show_piece, callback, members)
         with self._lock, jax.set_mesh(self.mesh):
           texts = generate(
             self.model,
             self.tokenizer,
             [prompts[i] for i in members],
-            show if callback else None,
+            show,
           )
-        for i, text in zip(members, texts, strict=True):
-          found[i] = text
+        found.update(zip(members, texts, strict=True))
         bar.update(len(members))
-    return found
+    return [found[i] for i in range(len(prompts))]
 
   def score(
     self,
@@ -385,8 +435,8 @@ class GritLM:
     """
     one_prompt = isinstance(prompts, str) or _is_conversation(prompts)
     one = isinstance(continuations, str)
-    all_prompts = [prompts] if one_prompt else list(prompts)
-    texts = [continuations] if one else list(continuations)
+    all_prompts: list[Any] = [prompts] if one_prompt else list(prompts)
+    texts: list[Any] = [continuations] if one else list(continuations)
     if one_prompt:
       all_prompts *= len(texts)
     if one:
@@ -420,7 +470,7 @@ class GritLM:
     Returns:
       The scores, in order.
     """
-    found: list[Score | None] = [None] * len(candidates)
+    found: dict[int, Score] = {}
     with (
       self._lock,
       jax.set_mesh(self.mesh),
@@ -436,7 +486,7 @@ class GritLM:
         if callback is not None:
           callback(number, score)
         bar.update()
-    return found
+    return [found[i] for i in range(len(candidates))]
 
   def _encode_candidate(self, prompt: PromptText, text: str) -> Candidate:
     _check_text(text, 'a continuation')
@@ -490,6 +540,15 @@ class GritLM:
     return parts[:-1]
 
 
+def _show_piece(
+  callback: Callable[[int, str], None],
+  numbers: Sequence[int],
+  row: int,
+  piece: str,
+) -> None:
+  callback(numbers[row], piece)
+
+
 def join_title(document: str | Mapping[str, str | None]) -> str:
   """Returns a document's text, after its title if it has one.
 
@@ -532,7 +591,7 @@ def _choose_model(model: ModelConfig, **choices: str) -> ModelConfig:
       raise ConfigError(
         f'{name}={value!r} is not one of {", ".join(options[name])}.'
       )
-  chosen = {name: value for name, value in choices.items() if value}
+  chosen: dict[str, Any] = {k: value for k, value in choices.items() if value}
   model = dataclasses.replace(model, **chosen)
   return dataclasses.replace(model, param_dtype=model.dtype)
 
@@ -546,5 +605,5 @@ def _check_text(text: object, where: str) -> None:
     raise ValueError(f'{where} is no valid Unicode: {error}') from error
 
 
-def _is_conversation(prompts: Iterable) -> bool:
+def _is_conversation(prompts: Sequence) -> bool:
   return bool(prompts) and isinstance(prompts[0], Mapping)

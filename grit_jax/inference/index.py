@@ -174,7 +174,7 @@ class Index:
       raise ValueError(f'query {np.argmin(finite)} is not finite')
     return search.search(self, queries, k)
 
-  def documents(self, numbers: Sequence[int]) -> list[Document]:
+  def documents(self, numbers: Sequence[int] | np.ndarray) -> list[Document]:
     """Reads the documents of these numbers, and no others."""
     numbers = self._check_numbers(numbers)
     return [
@@ -182,7 +182,7 @@ class Index:
       for shard, number in zip(self._locate(numbers), numbers, strict=True)
     ]
 
-  def embeddings(self, numbers: Sequence[int]) -> np.ndarray:
+  def embeddings(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Reads the embeddings of these documents, float32 [N, D]."""
     numbers = self._check_numbers(numbers)
     found = np.empty((len(numbers), self.dimension), np.float32)
@@ -259,7 +259,7 @@ class Index:
     """Returns the shards of documents, int64 [N]."""
     return np.searchsorted(self._starts, numbers, side='right') - 1
 
-  def _check_numbers(self, numbers: Sequence[int]) -> np.ndarray:
+  def _check_numbers(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     numbers = np.asarray(numbers, np.int64)
     wrong = numbers[(numbers < 0) | (numbers >= len(self))]
     if wrong.size:

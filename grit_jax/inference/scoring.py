@@ -273,6 +273,9 @@ def _predict_tokens(
     total = jax.nn.logsumexp(logits, axis=-1)
     return None, (target - total, target >= logits.max(axis=-1))
 
+  def joined(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count)
+
   with jax.named_scope('score'):
     _, found = jax.lax.scan(score, None, (chunked(hidden), chunked(targets)))
-  return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count) for x in found)
+  return joined(found[0]), joined(found[1])

@@ -189,7 +189,7 @@ def _place_rows(mesh: Mesh, index: 'Index', first: int, rows: int) -> jax.Array:
   return jax.make_array_from_callback(
     (rows * mesh.size, index.dimension),
     NamedSharding(mesh, P(mesh.axis_names)),
-    read,
+    read,  # type: ignore[arg-type]  # No index is None.
   )
 
 
@@ -199,8 +199,8 @@ def _update(
   numbers: jax.Array,
   queries: jax.Array,
   block: jax.Array,
-  first: int,
-  total: int,
+  first: jax.Array | int,
+  total: jax.Array | int,
 ) -> Best:
   """Adds a block to each device's own best; nothing moves between devices.
 
@@ -230,8 +230,8 @@ def _update_shard(
   numbers: jax.Array,
   queries: jax.Array,
   block: jax.Array,
-  first: jax.Array,
-  total: jax.Array,
+  first: jax.Array | int,
+  total: jax.Array | int,
 ) -> Best:
   """Does what `_update` says on one device, where S is 1."""
   rows, count = len(block), scores.shape[-1]

@@ -70,7 +70,7 @@ class Shard:
     self._dimension = index['dimension']
     self._dtype = np.dtype(getattr(jnp, index['dtype']))
     self._unit_norm = index['unit_norm']
-    self._stated = stated
+    self._stated = stated or {}
 
   @property
   def _stored_dtype(self) -> np.dtype:

@@ -192,10 +192,10 @@ def ask(flags: argparse.Namespace) -> None:
       f'{flags.index}: {path} is not the model that made this index, '
       f'{index.metadata["model"]}'
     )
-  questions = flags.questions or _read_questions()
+  typed = ([question] for question in _read_questions())
   sampling = Sampling(flags.max_new_tokens, flags.temperature, seed=flags.seed)
   answerer = _make_answerer(flags, path, index, mode)
-  for batch in [questions] if flags.questions else ([q] for q in questions):
+  for batch in [flags.questions] if flags.questions else typed:
     for answer in answerer.answer(batch, sampling):
       show(answer, mode, flags.json)
   if isinstance(answerer.caches, HostCaches):
@@ -230,7 +230,7 @@ def _make_answerer(
   flags: argparse.Namespace, path: str, index: Index, mode: Mode
 ) -> Answerer:
   model = GritLM.load(path)
-  caches = None
+  caches: DiskCaches | HostCaches | None = None
   if mode.caches_document and index.metadata.get('caches'):
     caches = DiskCaches(flags.index)
   elif mode.caches_document:

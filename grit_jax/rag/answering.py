@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from grit_jax.inference.cache import KVCache
+from grit_jax.inference.encoding import Options
 from grit_jax.inference.generation import Completion
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
@@ -86,8 +87,9 @@ class Answerer:
       raise ValueError(f'mode={mode.value} needs caches of the documents.')
     if mode is not Mode.NO_RETRIEVAL and index is None:
       raise ValueError(f'mode={mode.value} needs an index.')
-    self.model, self.index, self.mode = model, index, mode
-    self.caches, self.documents = caches, documents
+    self.model, self.mode, self.documents = model, mode, documents
+    self.index = None if mode is Mode.NO_RETRIEVAL else index
+    self.caches = caches if mode.caches_document else None
     self.instruction, self.answer_start = instruction, answer_start
 
   def answer(
@@ -130,21 +132,21 @@ class Answerer:
 
   def _retrieve(
     self, questions: Sequence[str]
-  ) -> tuple[list[list[Source]], list[KVCache | None]]:
+  ) -> tuple[list[list[Source]], Sequence[KVCache | None]]:
     """Returns what is found for each question, and the questions' caches."""
-    none = [None] * len(questions)
-    if self.mode is Mode.NO_RETRIEVAL:
-      return [[] for _ in questions], none
-    embeddings = self.model.encode_queries(
-      questions,
-      instruction=self.instruction,
-      max_length=self.model.config.model.max_positions,
-      batch_size=1,
-      get_cache=self.mode.caches_query,
-    )
-    caches = none
+    caches: Sequence[KVCache | None] = [None] * len(questions)
+    if self.index is None:
+      return [[] for _ in questions], caches
+    options: Options = {
+      'instruction': self.instruction,
+      'max_length': self.model.config.model.max_positions,
+      'batch_size': 1,
+    }
+    encode = self.model.encode_queries
     if self.mode.caches_query:
-      embeddings, caches = embeddings
+      embeddings, caches = encode(questions, get_cache=True, **options)
+    else:
+      embeddings = encode(questions, **options)
     with jax.set_mesh(self.model.mesh):
       scores, numbers = self.index.search(embeddings, self.documents)
     return [
@@ -161,7 +163,7 @@ class Answerer:
     self, sources: Sequence[Source], query: KVCache | None
   ) -> KVCache | None:
     """Returns the cache that an answer goes on from."""
-    if not self.mode.caches_document:
+    if self.caches is None:
       return query
     document = self.caches.read(sources[0].number)
     if query is None:

@@ -100,7 +100,7 @@ def write_model(
     rng = np.random.default_rng(seed)
     return 0.02 * rng.standard_normal(shape, np.float32)
 
-  def stream(seed: int, path: str, shape: tuple[int, ...]):
+  def stream(seed: int, path: str, shape: tuple[int, ...]) -> Callable:
     return lambda: iter([((), draw(seed, path, shape))])
 
   write_checkpoint(
@@ -134,10 +134,10 @@ def make_samples(tokenizer: Tokenizer, length: int) -> list[Sample]:
     path.read_text(errors='replace') for path in _find_library()[:40]
   )
   long = source[: _find_end(tokenizer, source, length)]
-  counts = [len(tokenizer.encode(text)) for text in (SHORT, long)]
+  short, many = (len(tokenizer.encode(text)) for text in (SHORT, long))
   return [
-    Sample(SHORT, {'id': 'long', 'text': long}, tuple(counts)),
-    Sample(long, {'id': 'short', 'text': SHORT}, tuple(counts[::-1])),
+    Sample(SHORT, {'id': 'long', 'text': long}, (short, many)),
+    Sample(long, {'id': 'short', 'text': SHORT}, (many, short)),
   ]
 
 
@@ -164,20 +164,14 @@ def make_ours(model: GritLM, sample: Sample, folder: pathlib.Path) -> Run:
   tokenizer = copy.copy(model.tokenizer)
   tokenizer.eos = -1
   endless = GritLM(model.config, model.model, tokenizer, model.mesh)
+  dtype, size = model.config.model.dtype, first.nbytes + behind.nbytes
 
-  answerers = {
-    mode: Answerer(
-      endless,
-      index,
-      mode,
-      HostCaches(
-        lambda number, mode=mode: behind if mode is Mode.QUERY_DOC else first,
-        model.config.model.dtype,
-        first.nbytes + behind.nbytes,
-      ),
-    )
-    for mode in Mode
-  }
+  def make(mode: Mode) -> Answerer:
+    cache = behind if mode is Mode.QUERY_DOC else first
+    caches = HostCaches(lambda number: cache, dtype, size)
+    return Answerer(endless, index, mode, caches)
+
+  answerers = {mode: make(mode) for mode in Mode}
 
   def run(mode: Mode) -> Sequence[int]:
     (answer,) = answerers[mode].answer([sample.question], Sampling(NEW_TOKENS))
@@ -188,7 +182,7 @@ def make_ours(model: GritLM, sample: Sample, folder: pathlib.Path) -> Run:
 
 def measure(
   sides: dict[str, Run], repeats: int, advance: Callable[[], Any]
-) -> dict[str, dict[str, list[float]]]:
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, bool]]:
   """Times each mode on each side, turn by turn.
 
   Args:
@@ -203,7 +197,8 @@ def measure(
   Raises:
     RuntimeError: A side gave not 16 tokens.
   """
-  seconds, equal = {}, {}
+  seconds: dict[str, dict[str, list[float]]] = {}
+  equal = {}
   for mode in Mode:
     seconds[mode.value] = {name: [] for name in sides}
     found = {}
@@ -231,8 +226,8 @@ def run_benchmark(flags: argparse.Namespace) -> None:
   Args:
     flags: Of `python -m grit_jax.rag benchmark`.
   """
-  with tempfile.TemporaryDirectory(prefix='rag') as place:
-    place = pathlib.Path(place)
+  with tempfile.TemporaryDirectory(prefix='rag') as name:
+    place = pathlib.Path(name)
     folder = flags.model or write_model(place, MODEL, _train_tokenizer())
     tokenizer = open_initial(folder).tokenizer
     samples = make_samples(tokenizer, flags.tokens)

@@ -60,7 +60,8 @@ def find_files(sources: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
     FileNotFoundError: A source is missing.
     RecordError: A file is of no kind that is read, or there is none at all.
   """
-  found, others = [], 0
+  found: list[pathlib.Path] = []
+  others = 0
   for source in map(pathlib.Path, sources):
     if source.is_dir():
       inside = sorted(path for path in source.rglob('*') if path.is_file())
@@ -250,9 +251,10 @@ def _split(
 ) -> list[tuple[int, int]]:
   """Splits a span at one of `_CUTS`, which stays with what is before it."""
   start, stop = span
-  if _CUTS[level] is None:
+  cut = _CUTS[level]
+  if cut is None:
     return [(i, i + 1) for i in range(start, stop)]
-  ends = [match.end() for match in _CUTS[level].finditer(text, start, stop)]
+  ends = [match.end() for match in cut.finditer(text, start, stop)]
   bounds = sorted({start, *ends, stop})
   return list(zip(bounds, bounds[1:], strict=False))
 

@@ -75,14 +75,14 @@ def write_index(flags: argparse.Namespace) -> None:
   )
   caches = DiskCaches(folder)
   if flags.caches:
-    model = initial.model
-    numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    config = initial.model
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     token_bytes = numbers * to_dtype(flags.cache_dtype).itemsize
     _check_room(flags, token_bytes, lengths[writer.done :], sum(lengths))
   if writer.done < writer.total:
     model = arguments.load(flags)
 
-    def embed(documents: list[Document]) -> np.ndarray:
+    def embed(documents: Sequence[Document]) -> np.ndarray:
       if not flags.caches:
         return model.encode_corpus(
           documents, max_length=flags.max_length, batch_size=flags.batch_size

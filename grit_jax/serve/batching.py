@@ -14,6 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,13 +44,13 @@ class Job:
     over: Whether it has got all, or nobody waits any more.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     """Keeps the loop that runs."""
     self.over = False
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue = asyncio.Queue()
 
-  async def get(self) -> object:
+  async def get(self) -> Any:
     """Returns the next thing that the thread put, or raises it."""
     event = await self._events.get()
     if isinstance(event, Exception):
@@ -134,13 +135,16 @@ class Batcher:
     """Whether the thread runs."""
     return self._thread.is_alive()
 
+  def _queue_of(self, job: EmbeddingJob | ChatJob) -> collections.deque:
+    return self._chats if isinstance(job, ChatJob) else self._embeddings
+
   def submit(self, job: EmbeddingJob | ChatJob) -> None:
     """Queues a job.
 
     Raises:
       RequestError: Too many wait, or the server stops.
     """
-    waiting = self._chats if isinstance(job, ChatJob) else self._embeddings
+    waiting = self._queue_of(job)
     with self._changed:
       if self._closed:
         raise RequestError(503, 'The server is stopping.')
@@ -157,7 +161,7 @@ class Batcher:
   def drop(self, job: EmbeddingJob | ChatJob) -> None:
     """Forgets a job that nobody waits for, or that is done."""
     job.over = True
-    waiting = self._chats if isinstance(job, ChatJob) else self._embeddings
+    waiting = self._queue_of(job)
     with self._changed:
       if job in waiting:
         waiting.remove(job)
@@ -245,7 +249,7 @@ class Batcher:
   def _generate(self) -> None:
     """Begins a batch if there is one to begin, and goes on with all."""
     with self._changed:
-      chats = []
+      chats: list[ChatJob] = []
       if len(self._running) < GENERATIONS:
         while self._chats and len(chats) < self._max_batch:
           chats.append(self._chats.popleft())
@@ -284,7 +288,7 @@ class Batcher:
     if generation.done:
       self._forget(jobs)
 
-  def _forget(self, jobs: Sequence[ChatJob]) -> None:
+  def _forget(self, jobs: Sequence[Job]) -> None:
     self._running = [r for r in self._running if r[1] is not jobs]
 
   @contextlib.contextmanager

@@ -163,10 +163,10 @@ def parse_chat(body: bytes, name: str, max_new_tokens: int) -> ChatRequest:
   fields.take_model(name)
   messages = _take_messages(fields)
   limits = {
-    key: fields.take_integer(key, None, 1, max_new_tokens)
+    key: fields.take_integer(key, 0, 1, max_new_tokens)
     for key in ('max_completion_tokens', 'max_tokens')
+    if key in fields.fields
   }
-  limits = {key: limit for key, limit in limits.items() if limit is not None}
   if len(set(limits.values())) > 1:
     raise _refuse('max_tokens', 'max_completion_tokens is given too, and other')
   sampling = Sampling(
@@ -223,9 +223,9 @@ class _Fields:
     return self.fields.pop(key, default)
 
   def take_model(self, name: str) -> None:
-    found = self.take_text('model', None)
-    if found is None:
+    if 'model' not in self.fields:
       raise _refuse('model', 'it is missing')
+    found = self.take_text('model', '')
     if found != name:
       raise RequestError(
         404,
@@ -234,9 +234,8 @@ class _Fields:
         'model_not_found',
       )
 
-  def take_text(self, key: str, default: str | None) -> str | None:
-    value = self.take(key, default)
-    return value if value is None else _check_text(value, self.name(key))
+  def take_text(self, key: str, default: str) -> str:
+    return _check_text(self.take(key, default), self.name(key))
 
   def take_flag(self, key: str, default: bool) -> bool:
     value = self.take(key, default)
@@ -254,11 +253,9 @@ class _Fields:
     return float(value)
 
   def take_integer(
-    self, key: str, default: int | None, low: float, high: float
-  ) -> int | None:
+    self, key: str, default: int, low: float, high: float
+  ) -> int:
     value = self.take(key, default)
-    if value is None:
-      return None
     if isinstance(value, bool) or not isinstance(value, int):
       raise _refuse(self.name(key), f'{_kind(value)} is not an integer')
     self._check_bounds(key, value, low, high)
@@ -363,9 +360,10 @@ def _take_content(message: _Fields) -> str:
 
 
 def _take_seed(fields: _Fields) -> int:
+  if 'seed' not in fields.fields:
+    return secrets.randbits(32)
   # OpenAI's is of 64 bits and may be negative; ours are of 32.
-  seed = fields.take_integer('seed', None, -(2**63), 2**63 - 1)
-  return secrets.randbits(32) if seed is None else seed % 2**32
+  return fields.take_integer('seed', 0, -(2**63), 2**63 - 1) % 2**32
 
 
 def _take_stops(fields: _Fields) -> tuple[str, ...]:
