@@ -194,11 +194,10 @@ class Checkpoint:
     """
     name = path.replace('/', '.')
     folder = self.folder / STATE
+    store: dict[str, Any] = kvstore(folder / name)
     if (folder / 'manifest.ocdbt').exists():
       base = kvstore(folder)
       store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
-    else:
-      store = kvstore(folder / name)
     with self._reading(STATE):
       spec = {'driver': 'zarr', 'kvstore': store}
       return tensorstore.open(spec, open=True, read=True).result()
@@ -455,7 +454,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def _nest(tree: Any) -> dict[str, Any]:
   """Returns a tree's leaves in dicts that are nested by name."""
-  nested = {}
+  nested: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     *groups, name = _names(path)
     inner = nested

@@ -645,9 +645,8 @@ class Config:
   def validate(self) -> None:
     """Raises ConfigError naming the first key that cannot be."""
     for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if dataclasses.is_dataclass(value):
-        value.validate()
+      if dataclasses.is_dataclass(field.type):
+        getattr(self, field.name).validate()
     _check_choice(
       'attention_kernel', self.attention_kernel, ('auto', 'splash', 'xla')
     )
@@ -744,7 +743,7 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
       close = difflib.get_close_matches(name, types, n=1)
       hint = f' Did you mean {prefix}{close[0]}?' if close else ''
       raise ConfigError(f'{key} is not a configuration key.{hint}')
-    expected = types[name]
+    expected: type = types[name]
     if dataclasses.is_dataclass(expected):
       _check(
         isinstance(value, dict), f'{key} is a group of keys, not {value!r}.'

@@ -92,7 +92,7 @@ class InitialModel(abc.ABC):
       small = path.endswith(('norm', 'bias'))
       rows = shape[-2:-1] if not small else ()
       leading = [0] * (len(shape) - 2) if not small else []
-      starts = [[]]
+      starts: list[list[int]] = [[]]
       if leading:
         starts = [
           [layer, *leading[1:]]
@@ -117,7 +117,9 @@ class _CheckpointModel(InitialModel):
     found = _find_arrays(checkpoint, keys.weight_shapes(self.model))
     self.dtype = str(found['final_norm'].dtype)
 
-  def read(self, path, index, dtype):
+  def read(
+    self, path: str, index: tuple[slice, ...], dtype: np.dtype
+  ) -> np.ndarray:
     return _read_array(self._checkpoint, path, index).astype(dtype)
 
 
@@ -147,7 +149,9 @@ class AdaptedModel(InitialModel):
     self._targets = target_axes(self.model, self.config.lora)
     _find_arrays(checkpoint, adapter_shapes(self.model, self.config.lora))
 
-  def read(self, path, index, dtype):
+  def read(
+    self, path: str, index: tuple[slice, ...], dtype: np.dtype
+  ) -> np.ndarray:
     """Reads a part of a weight, with what its adapter adds; in float32."""
     if path not in self._targets:
       return self.base.read(path, index, dtype)
@@ -236,7 +240,9 @@ class _FolderModel(InitialModel):
     self.dtype = folder.dtype
     self._folder = folder
 
-  def read(self, path, index, dtype):
+  def read(
+    self, path: str, index: tuple[slice, ...], dtype: np.dtype
+  ) -> np.ndarray:
     part = np.empty([s.stop - s.start for s in index], dtype)
     for tensor in self._folder.tensors:
       leading = len(tensor.index)
@@ -465,4 +471,5 @@ def _load(
       parts[key] = part[0] if layer else part
     return parts[key]
 
-  return jax.make_array_from_callback(x.shape, sharding, read)
+  # JAX's types allow for an index None, which no shard of an array has.
+  return jax.make_array_from_callback(x.shape, sharding, read)  # type: ignore[arg-type]

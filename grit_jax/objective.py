@@ -8,7 +8,7 @@ gradient caching in chunks of rows.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from grit_jax.models.moe import RouterStatistics
 from grit_jax.sharding import spec
 
 Metrics = dict[str, jax.Array]
+Tree = TypeVar('Tree')
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +109,8 @@ def router_loss(
     streams: `rep` and `gen`, or one of them.
     config: for the weights.
   """
-  loss, metrics = jnp.zeros((), jnp.float32), {}
+  loss = jnp.zeros((), jnp.float32)
+  metrics: Metrics = {}
   if statistics is None:
     return loss, metrics
   with jax.named_scope('router_loss'):
@@ -138,9 +140,9 @@ def router_loss(
 
 
 def _dropout(
-  key: jax.Array | None, stream: int, rows: jax.Array, config: Config
-) -> Dropout | None:
-  """Returns the dropout of a stream's rows; None without a key.
+  key: jax.Array, stream: int, rows: jax.Array, config: Config
+) -> Dropout:
+  """Returns the dropout of a stream's rows.
 
   Args:
     key: of the step.
@@ -148,8 +150,6 @@ def _dropout(
     rows: int32 [R], their numbers in the batch, which chunks do not change.
     config: for the length of a row.
   """
-  if key is None:
-    return None
   length = config.data.row_length
   tokens = (2 * rows[:, None] + stream) * length + jnp.arange(length)
   return Dropout(key, jax.sharding.reshard(tokens, spec('rows', 'seq')))
@@ -244,7 +244,8 @@ def cached_gradient(
   """
   # The sum over chunks is in float32: bfloat16 would round it in every one.
   gradient = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), model)
-  loss, metrics = jnp.zeros((), jnp.float32), {}
+  loss = jnp.zeros((), jnp.float32)
+  metrics: Metrics = {}
   if batch.embedding is not None:
     gradient, loss_rep, metrics_rep = _cached_representation_gradient(
       model, batch.embedding, config, gradient, frozen, key
@@ -286,14 +287,15 @@ def _cached_representation_gradient(
 
   def encode(model: Decoder, index: jax.Array) -> tuple:
     model = join_trained(model, frozen)
-    dropout = _dropout(key, 0, index * size + jnp.arange(size), config)
+    numbers = index * size + jnp.arange(size)
+    dropout = None if key is None else [_dropout(key, 0, numbers, config)]
     rows = _chunk(batch.rows, index)
     [hidden], statistics = model.run(
       [rows],
       [kind],
       config.memory.remat,
       config.attention_kernel,
-      None if dropout is None else [dropout],
+      dropout,
     )
     return pool_texts(model, hidden, rows, max_segments), statistics
 
@@ -366,13 +368,14 @@ def _cached_generative_gradient(
     )
 
   def run(model: Decoder, index: jax.Array) -> tuple:
-    dropout = _dropout(key, 1, index * size + jnp.arange(size), config)
+    numbers = index * size + jnp.arange(size)
+    dropout = None if key is None else [_dropout(key, 1, numbers, config)]
     [hidden], statistics = model.run(
       [take(index).rows],
       [kind],
       config.memory.remat,
       config.attention_kernel,
-      None if dropout is None else [dropout],
+      dropout,
     )
     return hidden, statistics
 
@@ -408,7 +411,7 @@ def _cached_generative_gradient(
   return gradient, loss, {'loss_gen': loss_gen, **metrics}
 
 
-def _chunk(tree: Rows | jax.Array, index: jax.Array) -> Rows | jax.Array:
+def _chunk(tree: Tree, index: jax.Array) -> Tree:
   """Takes chunk `index` of arrays [chunks, R, ...]."""
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree

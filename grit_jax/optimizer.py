@@ -1,5 +1,7 @@
 """AdamW with its schedule, from optax."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -46,7 +48,7 @@ def make_optimizer(
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def decay_mask(params):
+def decay_mask(params: Any) -> Any:
   """Returns a tree of True for matrices and False for norm scales and biases.
 
   Layers are stacked, so a layer's norm scale is [L, D]: the path decides.

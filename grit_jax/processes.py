@@ -51,7 +51,7 @@ def start_processes(
     '--process_id': process_id,
   }
   missing = [flag for flag, value in given.items() if value is None]
-  limits = {
+  limits: dict[str, Any] = {
     'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
     'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
   }
@@ -63,7 +63,7 @@ def start_processes(
       if 'coordinator_address should be defined' not in str(error):
         raise
     return
-  if missing:
+  if coordinator_address is None or num_processes is None or process_id is None:
     raise ProcessError(
       f'{", ".join(missing)} missing: give all of {", ".join(given)}, or none '
       'on a TPU VM, on GKE or under Slurm.'
@@ -127,7 +127,7 @@ class StopOnSignal:
   step to stop at.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     """Takes over both signals; with several processes JAX has SIGTERM."""
     self._requested = False
     if jax.process_count() == 1:

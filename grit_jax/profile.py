@@ -31,7 +31,8 @@ def check_profiler(config: ProfileConfig, platform: str) -> None:
   Raises:
     ConfigError: That would happen at the first of the steps.
   """
-  loaded = not jax.config.jax_platforms and importlib.util.find_spec('libtpu')
+  platforms = jax.config.values['jax_platforms']
+  loaded = not platforms and importlib.util.find_spec('libtpu')
   if config.steps and platform != 'tpu' and loaded:
     raise ConfigError(
       f'profile.steps={config.steps!r}: libtpu is installed and there is no '

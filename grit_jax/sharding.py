@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import Config, MeshConfig, ModelConfig
@@ -124,7 +124,7 @@ def platform() -> str:
   return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of shards that rows are split into."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
@@ -133,7 +133,8 @@ def own_row_shards(mesh: Mesh) -> tuple[int, ...]:
   """Returns which of the shards of rows are on this process's devices."""
   shards = NamedSharding(mesh, spec('rows'))
   indices = shards.addressable_devices_indices_map((row_shards(mesh),))
-  return tuple(sorted({part.start or 0 for (part,) in indices.values()}))
+  parts = [index[0] for index in indices.values() if index is not None]
+  return tuple(sorted({part.start or 0 for part in parts}))
 
 
 def validate(config: Config, mesh: Mesh) -> None:
@@ -179,11 +180,10 @@ def validate(config: Config, mesh: Mesh) -> None:
 
 
 def count_shards(
-  mesh: Mesh | jax.sharding.AbstractMesh, axes: str | Sequence[str] | None
+  mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None
 ) -> int:
   """Returns the number of shards that some mesh axes split an axis into."""
-  names = axes if isinstance(axes, tuple) else (axes,)
-  return math.prod(mesh.shape[name] for name in names if name is not None)
+  return math.prod(mesh.shape[name] for name in _names(axes))
 
 
 def _check_divides(
@@ -224,19 +224,18 @@ def weight_spec(*logical: str) -> P:
   first = sum(axis in ('layers', 'experts') for axis in logical)
   extra = STORED[:-1] if 'experts' in logical else STORED
   physical = [RULES[axis] for axis in logical]
-  axis = physical[first]
-  physical[first] = extra if axis is None else (axis, *extra)
+  physical[first] = (*_names(physical[first]), *extra)
   _check_collision(logical, physical)
   return P(*physical)
 
 
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes that one axis is split over."""
+  return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+
+
 def _check_collision(logical: Sequence, physical: Sequence) -> None:
-  flat = [
-    axis
-    for axes in physical
-    for axis in (axes if isinstance(axes, tuple) else (axes,))
-    if axis is not None
-  ]
+  flat = [axis for axes in physical for axis in _names(axes)]
   if len(flat) != len(set(flat)):
     raise ValueError(
       f'The logical axes {tuple(logical)} use a mesh axis twice: {physical}.'
@@ -291,8 +290,7 @@ def _without(spec: P, axes: set[str]) -> list[tuple | str | None]:
   """Returns the partitions of `spec` over other mesh axes than these."""
   kept = []
   for partition in spec:
-    names = partition if isinstance(partition, tuple) else (partition,)
-    names = tuple(name for name in names if name not in {None, *axes})
+    names = tuple(name for name in _names(partition) if name not in axes)
     kept.append(names if len(names) > 1 else names[0] if names else None)
   return kept
 
@@ -367,4 +365,5 @@ def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     start = own.index((index[axis].start or 0) // size) * size if size else 0
     return array[*index[:axis], start : start + size]
 
-  return jax.make_array_from_callback(tuple(shape), sharding, take)
+  # JAX's types allow for an index None, which no shard of an array has.
+  return jax.make_array_from_callback(tuple(shape), sharding, take)  # type: ignore[arg-type]

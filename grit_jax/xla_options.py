@@ -73,5 +73,6 @@ def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
     kind = jax.sharding.get_mesh().devices.flat[0].device_kind
     return compiled(kind)(*args, **kwargs)
 
-  call.of_kind = compiled
-  return call
+  with_kinds: Any = call
+  with_kinds.of_kind = compiled
+  return with_kinds

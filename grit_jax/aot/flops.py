@@ -24,7 +24,9 @@ def count_flops(jaxpr: Any, shards: int, trips: int = 1) -> float:
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     shapes = [getattr(x.aval, 'shape', ()) for x in equation.invars]
-    out = [getattr(x.aval, 'shape', ()) for x in equation.outvars[:1]]
+    out: list[tuple[int, ...]] = [
+      getattr(x.aval, 'shape', ()) for x in equation.outvars[:1]
+    ]
     if name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
       inner = math.prod(shapes[0][axis] for axis in contracted)

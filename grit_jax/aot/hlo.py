@@ -93,7 +93,8 @@ class Module:
 
 def parse(text: str) -> Module:
   """Reads a module."""
-  computations, entry, current = {}, '', None
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = '', None
   for line in _lines(text):
     header = None if line.startswith(' ') else _HEADER.match(line)
     if header:

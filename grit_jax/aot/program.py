@@ -85,8 +85,9 @@ def abstract_batch(config: Config, mesh: Mesh, sizes: Sizes) -> Batch:
       if field.name == 'rows':
         fields['rows'] = make(Rows, rows)
         continue
+      logical: tuple[str | None, ...] = ()
       if field.name in texts:
-        (shape, dtype), logical = texts[field.name], ()
+        shape, dtype = texts[field.name]
       else:
         shape, dtype = _row_shape(config, rows), dtypes[field.name]
         logical = (None,) * (len(shape) - 2) + ('rows', 'seq')

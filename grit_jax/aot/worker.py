@@ -48,7 +48,7 @@ def _compile(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh, topology.devices)
   sharding.validate(config, mesh)
   sizes = program.Sizes(**request['sizes'])
-  kind = topology.devices[0].device_kind
+  kind = mesh.devices.flat[0].device_kind
   options = compiler_options(kind) | request['options']
   options |= {
     'xla_dump_to': str(folder / 'dump'),

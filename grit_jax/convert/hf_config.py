@@ -132,7 +132,7 @@ def to_model(config: Mapping[str, Any], where: str) -> ModelConfig:
       f'{heads}, and there is no head_dim.'
     )
   theta, scaling, unread = _rotary(rotary, where)
-  experts = {}
+  experts: dict[str, Any] = {}
   if family == 'mixtral':
     experts = {
       'num_experts': keys.size('num_local_experts'),

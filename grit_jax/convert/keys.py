@@ -50,7 +50,7 @@ def tensors(model: ModelConfig) -> list[Tensor]:
     Tensor('model.embed_tokens.weight', vocabulary, 'embed', padded=True)
   ]
   for layer in range(model.num_layers):
-    rows = [
+    rows: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
       ('input_layernorm', (dim,), 'attention_norm', (layer,)),
       ('self_attn.q_proj', (width, dim), 'attention/q', (layer,)),
       ('self_attn.k_proj', (kv_width, dim), 'attention/k', (layer,)),
@@ -68,11 +68,11 @@ def tensors(model: ModelConfig) -> list[Tensor]:
         ('mlp.down_proj', (dim, mlp), 'mlp/down', (layer,)),
       ]
     for expert in range(model.num_experts):
-      name, index = f'block_sparse_moe.experts.{expert}', (layer, expert)
+      name, place = f'block_sparse_moe.experts.{expert}', (layer, expert)
       rows += [
-        (f'{name}.w1', (mlp, dim), 'moe/gate', index),
-        (f'{name}.w2', (dim, mlp), 'moe/down', index),
-        (f'{name}.w3', (mlp, dim), 'moe/up', index),
+        (f'{name}.w1', (mlp, dim), 'moe/gate', place),
+        (f'{name}.w2', (dim, mlp), 'moe/down', place),
+        (f'{name}.w3', (mlp, dim), 'moe/up', place),
       ]
     for name, shape, path, index in rows:
       table.append(

@@ -1,5 +1,7 @@
 """README.md of an export: what the model is, and how each tool loads it."""
 
+import string
+
 import sentencepiece
 
 from grit_jax.config import Config, ModelConfig
@@ -212,7 +214,12 @@ def _format(config: Config, tokenizer: Tokenizer) -> str:
   return '\n\n'.join(parts)
 
 
-def _fill(template, config: Config, tokenizer: Tokenizer, **values: str) -> str:
+def _fill(
+  template: string.Template,
+  config: Config,
+  tokenizer: Tokenizer,
+  **values: str,
+) -> str:
   causal = config.model.attention.startswith('cc')
   version = least_transformers(config.model, tokenizer)
   known = '' if SENTENCEPIECE_FILE in tokenizer.files else _KNOWN_TOKENIZERS

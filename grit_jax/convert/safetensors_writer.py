@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -67,7 +68,7 @@ def write_tensors(
   if len(shards) == 1:
     write_safetensors(folder / 'model.safetensors', tensors)
     return
-  files = {}
+  files: dict[str, str] = {}
   for number, names in enumerate(shards, start=1):
     file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     write_safetensors(folder / file, {name: tensors[name] for name in names})
@@ -104,7 +105,8 @@ def write_safetensors(
   path: pathlib.Path, tensors: Mapping[str, StreamedTensor]
 ) -> None:
   """Writes one file, which is on the disk when this returns."""
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
   for name, tensor in tensors.items():
     start, end = end, end + tensor.size
     header[name] = {
@@ -121,7 +123,7 @@ def write_safetensors(
     _sync(file)
 
 
-def _write_tensor(file, name: str, tensor: StreamedTensor) -> None:
+def _write_tensor(file: BinaryIO, name: str, tensor: StreamedTensor) -> None:
   rows = 0
   for part in tensor.parts():
     if part.dtype != tensor.dtype or part.shape[1:] != tensor.shape[1:]:
@@ -131,11 +133,11 @@ def _write_tensor(file, name: str, tensor: StreamedTensor) -> None:
       )
     rows += len(part)
     # As bytes: numpy has no buffer of bfloat16.
-    file.write(np.ascontiguousarray(part).view(np.uint8))
+    file.write(np.ascontiguousarray(part).view(np.uint8).data)
   if rows != tensor.shape[0]:
     raise ValueError(f'{name}: {rows} rows of {tensor.shape[0]} were given.')
 
 
-def _sync(file) -> None:
+def _sync(file: BinaryIO) -> None:
   file.flush()
   os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,12 @@ class StreamedArray:
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
   """Writes a StreamedArray as Orbax writes a numpy array."""
 
-  async def serialize(self, values, infos, args=None):
+  async def serialize(
+    self,
+    values: Sequence[StreamedArray],
+    infos: Sequence[ocp.type_handlers.ParamInfo],
+    args: object = None,
+  ) -> list:
     """Writes all arrays before it returns, one part at a time."""
     del args
     for value, info in zip(values, infos, strict=True):

@@ -325,7 +325,7 @@ def _describe_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
   """Returns the tokenizer's files by name."""
   written = tokenizer_json(tokenizer)
   # Padding is EOS, as in the reference: it is masked wherever a batch has any.
-  special = {
+  special: dict[str, str | None] = {
     'bos_token': tokenizer.bos_piece,
     'eos_token': tokenizer.eos_piece,
     'pad_token': tokenizer.eos_piece,

@@ -85,11 +85,11 @@ def prepare(rows: Rows, kind: Kind, window: int, kernel: str) -> Attend:
     kernel: see `choose_kernel`; the platform is that of the mesh in force.
   """
   if choose_kernel(kernel, platform()) == 'xla':
-    first, last = find_stretches(rows, kind, window)
+    stretches = find_stretches(rows, kind, window)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-      return blockwise.attend(q, k, v, first, last)
+      return blockwise.attend(q, k, v, *stretches)
 
     return attend
   reach = _reach(kind, window)

@@ -194,7 +194,9 @@ def _sum_values(weights: jax.Array, v: jax.Array) -> jax.Array:
   )  # fmt: skip
 
 
-def _forward(q, k, v, sees):
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, sees: _Queries
+) -> tuple[jax.Array, jax.Array]:
   """Returns the result, and the logarithm of each softmax's denominator."""
   group = q.shape[3] // sees.first.shape[2]
 
@@ -223,12 +225,14 @@ def _forward(q, k, v, sees):
   return out, normaliser
 
 
-def _forward_to_keep(q, k, v, sees):
+def _forward_to_keep(
+  q: jax.Array, k: jax.Array, v: jax.Array, sees: _Queries
+) -> tuple[jax.Array, tuple]:
   out, normaliser = checkpoint_name(_forward(q, k, v, sees), KEPT)
   return out, (q, k, v, sees, out, normaliser)
 
 
-def _backward(kept, out_gradient):
+def _backward(kept: tuple, out_gradient: jax.Array) -> tuple:
   q, k, v, sees, out, normaliser = kept
   group = q.shape[3] // sees.first.shape[2]
   # Each softmax's gradient has the weighted mean of the values' taken off. In
@@ -237,7 +241,7 @@ def _backward(kept, out_gradient):
     axis=-1, keepdims=True
   )
 
-  def add_block(sums: tuple, block: tuple) -> tuple:
+  def add_block(sums: tuple, block: tuple) -> tuple[tuple, jax.Array]:
     q, sees, mean, normaliser, out_gradient = block
 
     def add(keys: _Keys, carry: tuple) -> tuple:
@@ -255,8 +259,8 @@ def _backward(kept, out_gradient):
       )
 
     carry = jnp.zeros(q.shape, jnp.float32), *sums
-    q_sum, *sums = _loop_over_keys(add, carry, k.shape[2], sees)
-    return tuple(sums), q_sum.astype(q.dtype)
+    q_sum, k_sum, v_sum = _loop_over_keys(add, carry, k.shape[2], sees)
+    return (k_sum, v_sum), q_sum.astype(q.dtype)
 
   zeros = jnp.zeros(k.shape, jnp.float32)
   (k_sum, v_sum), q_sum = jax.lax.scan(

@@ -110,7 +110,7 @@ class Attention(nnx.Module):
     shape, logical = (width, config.embed_dim), ('heads', 'embed')
     scale = output_scale(config)
     self.o = draw_weight(keys[3], shape, logical, config, scale)
-    self.adapters = nnx.Dict()
+    self.adapters: nnx.Dict = nnx.Dict()
 
   def __call__(
     self,
@@ -172,7 +172,7 @@ class MLP(nnx.Module):
     self.up = draw_weight(keys[1], shape, logical, config)
     scale = output_scale(config)
     self.down = draw_weight(keys[2], shape[::-1], logical[::-1], config, scale)
-    self.adapters = nnx.Dict()
+    self.adapters: nnx.Dict = nnx.Dict()
 
   def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
@@ -227,12 +227,12 @@ class Block(nnx.Module):
     with jax.named_scope('attention'):
       normed = rms_norm(x, self.attention_norm[...], self.config.norm_epsilon)
       q, *new = self.attention.project(normed, angles)
-      layer = tuple(
+      keys, values = (
         _put(old, y, chunk) for old, y in zip(layer, new, strict=True)
       )
-      out = blockwise.attend(q, *layer, chunk.first, chunk.last)
+      out = blockwise.attend(q, keys, values, chunk.first, chunk.last)
       x = x + self.attention.project_back(out)
-    return self.add_mlp(x, chunk.real[:, :, None])[0], layer
+    return self.add_mlp(x, chunk.real[:, :, None])[0], (keys, values)
 
   def add_mlp(
     self, x: jax.Array, counted: jax.Array, dropout: Dropout | None = None
@@ -271,7 +271,9 @@ class Decoder(nnx.Module):
     scale = INIT_SCALE if config.tie_embeddings else 1.0
     self.embed = draw_weight(keys[0], shape, logical, config, scale)
     layer_keys = jax.random.split(keys[1], config.num_layers)
-    self.blocks = jax.vmap(lambda key: Block(config, key))(layer_keys)
+    self.blocks: Block | nnx.List[Block] = jax.vmap(
+      lambda key: Block(config, key)
+    )(layer_keys)
     self.final_norm = _norm(config)
     if not config.tie_embeddings:
       self.head = draw_weight(keys[2], shape[::-1], logical[::-1], config)

@@ -20,6 +20,7 @@ that many times the arithmetic. With one expert a device, `mesh.expert` equal to
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class MoE(nnx.Module):
       scale = output_scale(config) if name == 'down' else INIT_SCALE
       weight = draw_weight(key, shape, LOGICAL[name], config, scale)
       setattr(self, name, weight)
-    self.adapters = nnx.Dict()
+    self.adapters: nnx.Dict = nnx.Dict()
 
   def __call__(
     self, x: jax.Array, counted: jax.Array
@@ -258,7 +259,9 @@ def _apply_by_travel(
   )
 
 
-def _travel_forward(tokens, chosen, experts):
+def _travel_forward(
+  tokens: Any, chosen: Any, experts: dict[str, Any]
+) -> tuple[jax.Array, tuple]:
   # Frozen experts have no gradient, which would be as large as they are.
   trained = {name: x.value for name, x in experts.items() if x.perturbed}
   frozen = {name: x.value for name, x in experts.items() if not x.perturbed}
@@ -266,7 +269,7 @@ def _travel_forward(tokens, chosen, experts):
   return out, (tokens.value, chosen.value, trained, frozen)
 
 
-def _travel_backward(saved, cotangent):
+def _travel_backward(saved: tuple, cotangent: Any) -> tuple:
   tokens, chosen, trained, frozen = saved
   if isinstance(cotangent, SymbolicZero):
     return None, None, None

@@ -29,7 +29,7 @@ def projection_axes(model: ModelConfig) -> dict[str, tuple[str, ...]]:
   and experts on the second.
   """
   part, experts = ('moe', ('experts',)) if model.num_experts else ('mlp', ())
-  axes = {}
+  axes: dict[str, tuple[str, ...]] = {}
   for name, own in AXES.items():
     if name in ATTENTION:
       axes[f'blocks/attention/{name}'] = ('layers', *own)

@@ -142,7 +142,8 @@ def _quantize(
 ) -> QuantizedWeight:
   encode = _encode_int8 if kind == 'int8' else _encode_nf4
   encode = partial(encode, stored=weight_spec(*logical[1:]))
-  return QuantizedWeight(*jax.lax.map(encode, weight), kind)
+  values, scales = jax.lax.map(encode, weight)
+  return QuantizedWeight(values, scales, kind)
 
 
 def block_size(inputs: int) -> int:

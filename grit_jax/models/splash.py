@@ -20,7 +20,7 @@ Letters: see `grit_jax.models.decoder`.
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,12 +128,18 @@ def _attend_rows(
     if left is not None:
       last += position << _LAST_BITS
 
-  def attend_row(q, k, v, segments, last):
+  def attend_row(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    last: jax.Array | None,
+  ) -> jax.Array:
     ids = splash_kernel.SegmentIds(segments, segments)
     return make_kernel(last)(q, k, v, ids)
 
-  by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-  out = jax.vmap(attend_row)(*by_head, segments, last)
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  out = jax.vmap(attend_row)(q, k, v, segments, last)
   return jnp.swapaxes(out, 1, 2)[:, :tokens]
 
 
@@ -146,11 +152,13 @@ def _kernel(
   The masks are numpy's: nothing here depends on what is being traced.
   """
   block = next(n for n in range(BLOCK, 0, -LANES) if tokens % n == 0)
+  blocks: dict[str, Any] = dict.fromkeys(_BLOCKS, block)
   shape = (tokens, tokens)
-  mask = splash_mask.FullMask(shape)
+  one_head: splash_mask.Mask = splash_mask.FullMask(shape)
   if band != Band(None, None):
-    mask = splash_mask.LocalMask(shape, band, 0)
-  mask = splash_mask.MultiHeadMask((mask,))
+    one_head = splash_mask.LocalMask(shape, band, 0)
+  mask = splash_mask.MultiHeadMask((one_head,))
+  sees: Callable | None
   forward, sees = mask_info.process_mask(mask, (block, block))
   backward, _ = mask_info.process_mask_dkv(mask, (block, block))
   if bounded:
@@ -159,13 +167,14 @@ def _kernel(
   def make(last: jax.Array | None) -> splash_kernel.SplashAttentionKernel:
     queries, keys = forward, backward
     if bounded:
-      queries = forward._replace(q_sequence=last)
-      keys = backward._replace(q_sequence=last)
+      # JAX's types ask for NumPy's arrays; its kernel takes JAX's too.
+      queries = forward._replace(q_sequence=last)  # type: ignore[arg-type]
+      keys = backward._replace(q_sequence=last)  # type: ignore[arg-type]
     return splash_kernel.SplashAttentionKernel(
       queries,
       queries,
       keys,
-      block_sizes=splash_kernel.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+      block_sizes=splash_kernel.BlockSizes(**blocks),
       is_mqa=False,
       save_residuals=False,
       mask_value=splash_kernel.DEFAULT_MASK_VALUE,
