@@ -48,6 +48,7 @@ EXTRAS = {
     'ipykernel==7.4.0',
     'nbclient==0.11.0',
     'nbformat==5.11.1',
+    'mypy>=2.4',
     'pytest>=8.4',
     'pytest-xdist>=3.8',
     'ruff>=0.14',
