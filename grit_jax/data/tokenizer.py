@@ -117,7 +117,9 @@ class Tokenizer(abc.ABC):
       The text; special tokens give nothing.
     """
 
-  def decode_after(self, prefix: Sequence[int], ids: Sequence[int]) -> str:
+  def decode_after(
+    self, prefix: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray
+  ) -> str:
     """Decodes the text that ids add to a prefix.
 
     A token by itself does not tell its text: sentencepiece drops the blank

@@ -569,10 +569,10 @@ def join_title(document: str | Mapping[str, str | None]) -> str:
   if 'text' not in document:
     raise ValueError(f"A document has no 'text': {sorted(document)}.")
   text, title = document['text'], document.get('title')
-  _check_text(text, "A document's text")
+  text = _check_text(text, "A document's text")
   if title is None:
     return text
-  _check_text(title, "A document's title")
+  title = _check_text(title, "A document's title")
   return f'{title} {text}' if title.strip() else text
 
 
@@ -596,13 +596,14 @@ def _choose_model(model: ModelConfig, **choices: str) -> ModelConfig:
   return dataclasses.replace(model, param_dtype=model.dtype)
 
 
-def _check_text(text: object, where: str) -> None:
+def _check_text(text: object, where: str) -> str:
   if not isinstance(text, str):
     raise TypeError(f'{where} is of type {type(text).__name__}, not a string.')
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(f'{where} is no valid Unicode: {error}') from error
+  return text
 
 
 def _is_conversation(prompts: Sequence) -> bool:
