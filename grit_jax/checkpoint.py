@@ -31,6 +31,8 @@ from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from grit_jax.errors import UserError
+
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
 BASE = 'base'
 MODEL = 'model'
@@ -39,10 +41,6 @@ CONFIG_FILE = 'config.json'
 # Bytes of an array that are compressed and read as one, at most. A layer is
 # never in one with another: a conversion reads and writes layer by layer.
 CHUNK_BYTES = 32 * 2**20
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that cannot be read; the message names its path."""
 
 
 class FilesHandler(ocp.CheckpointHandler):
@@ -107,16 +105,16 @@ class Checkpoint:
     """Opens a checkpoint's folder.
 
     Raises:
-      CheckpointError: there is no such folder, or it is not a checkpoint.
+      UserError: there is no such folder, or it is not a checkpoint.
     """
     self.folder = absolute(folder)
     if not self.folder.is_dir():
-      raise CheckpointError(f'{self.folder} does not exist.')
+      raise UserError(f'{self.folder} does not exist.')
     if not ocp.utils.is_checkpoint_finalized(self.folder):
-      raise CheckpointError(f'{self.folder} was not written to its end.')
+      raise UserError(f'{self.folder} was not written to its end.')
     for item in (STATE, CONFIG, TOKENIZER):
       if not (self.folder / item).is_dir():
-        raise CheckpointError(f'{self.folder}: the item {item} is missing.')
+        raise UserError(f'{self.folder}: the item {item} is missing.')
     self._checkpointer = ocp.Checkpointer(
       ocp.CompositeCheckpointHandler(**_handlers())
     )
@@ -138,7 +136,7 @@ class Checkpoint:
       The state, with the structure and the shardings of `abstract_state`.
 
     Raises:
-      CheckpointError: the checkpoint lacks something, is damaged, or holds
+      UserError: the checkpoint lacks something, is damaged, or holds
         another model.
     """
     target = _nest(jax.tree.map(_on_current_mesh, abstract_state))
@@ -227,7 +225,7 @@ class Checkpoint:
   def _reading(self, item: str) -> Iterator[None]:
     """Turns what reading an item raises into an error that names it."""
     if not (self.folder / item).is_dir():
-      raise CheckpointError(f'{self.folder}: the item {item} is missing.')
+      raise UserError(f'{self.folder}: the item {item} is missing.')
     try:
       yield
     except Exception as error:
@@ -236,7 +234,7 @@ class Checkpoint:
         error, (ValueError, KeyError, OSError)
       ):
         raise
-      raise CheckpointError(
+      raise UserError(
         f'{self.folder}: the item {item} cannot be read: '
         f'{reason(error.__cause__ or error)}'
       ) from error
@@ -255,20 +253,20 @@ class Checkpoint:
     where = f'{self.folder}: the item {STATE}'
     for path, array in wanted.items():
       if path not in saved:
-        raise CheckpointError(f'{where} has no {path}, which the model has.')
+        raise UserError(f'{where} has no {path}, which the model has.')
       found = saved[path]
       for name, found_value, value in (
         ('shape', found.shape, tuple(array.shape)),
         ('dtype', str(found.dtype), str(array.dtype)),
       ):
         if found_value != value:
-          raise CheckpointError(
+          raise UserError(
             f'{where} has {path} with {name} {found_value}, and the model has '
             f'it with {name} {value}.'
           )
     for path in saved:
       if path not in wanted:
-        raise CheckpointError(f'{where} has {path}, which the model has not.')
+        raise UserError(f'{where} has {path}, which the model has not.')
 
 
 class Checkpoints:
@@ -311,7 +309,7 @@ class Checkpoints:
     """Returns a step's checkpoint, to be read.
 
     Raises:
-      CheckpointError: there is none, or it is not whole.
+      UserError: there is none, or it is not whole.
     """
     return Checkpoint(self.path(step))
 
@@ -364,16 +362,16 @@ def find_checkpoint(path: epath.PathLike) -> Checkpoint:
   """Opens a checkpoint by its own folder, or a run's newest by its workdir.
 
   Raises:
-    CheckpointError: there is none; the message says what was looked for.
+    UserError: there is none; the message says what was looked for.
   """
   folder = absolute(path)
   if not folder.is_dir():
-    raise CheckpointError(f'{folder} does not exist.')
+    raise UserError(f'{folder} does not exist.')
   if (folder / STATE).is_dir():
     return Checkpoint(folder)
   steps = _steps(folder)
   if not steps:
-    raise CheckpointError(
+    raise UserError(
       f'{folder} is neither a checkpoint (a folder with {STATE}/) nor the '
       'workdir of a run that has saved one (checkpoints/STEP/).'
     )

@@ -17,13 +17,11 @@ from typing import Any
 
 import ml_collections
 
+from grit_jax.errors import ConfigError
+
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 ATTENTION_MODES = ('bbcc', 'cccc', 'bccc', 'cbcc', 'bbbc')
 POOLINGS = ('mean', 'weightedmean', 'cls', 'lasttoken')
-
-
-class ConfigError(ValueError):
-  """A configuration that cannot run; the message names the key."""
 
 
 def _check(condition: bool, message: str) -> None:

@@ -8,49 +8,24 @@ the last whole shard.
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from absl import app, logging
-from absl.flags import argparse_flags
 from etils import epath
 
-from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError
-from grit_jax.convert import ConvertError
-from grit_jax.data.folders import PreparationError
-from grit_jax.data.formats import FormatError
-from grit_jax.data.records import RecordError
+from grit_jax import cli
 from grit_jax.data.sources import FileSource
-from grit_jax.data.tokenizer import TokenizerError
 from grit_jax.inference import arguments
 from grit_jax.inference.corpus import CorpusWriter
-from grit_jax.inference.shards import DTYPES, SearchIndexError
+from grit_jax.inference.shards import DTYPES
 from grit_jax.initial import open_initial
-from grit_jax.logs import quiet_libraries
-
-# What ends in one message instead of a traceback: the user can mend these.
-USER_ERRORS = (
-  CheckpointError,
-  ConfigError,
-  ConvertError,
-  FileNotFoundError,
-  FormatError,
-  PreparationError,
-  RecordError,
-  SearchIndexError,
-  TokenizerError,
-)
 
 # Of a file of a model: its start, its middle and its end tell it from others.
 _SAMPLE_BYTES = 1 << 20
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the flags."""
-  # `resolve`: a module of the same process may define flags of such names.
-  parser = argparse_flags.ArgumentParser(
-    conflict_handler='resolve',
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the flags."""
+  parser = cli.Parser(
     prog='python -m grit_jax.encode',
     description='Embeds a corpus into an index, and goes on after a kill.',
   )
@@ -75,11 +50,11 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   ):
     parser.add_argument(
       f'--{name}',
-      type=arguments.parse_positive,
+      type=cli.parse_positive,
       default=default,
       help=f'{help_text} (default: {default})',
     )
-  return parser.parse_args(argv[1:])
+  return parser
 
 
 def fingerprint(model: str) -> str:
@@ -115,7 +90,7 @@ def encode(flags: argparse.Namespace) -> None:
   """Embeds as the flags say.
 
   Raises:
-    One of `USER_ERRORS`.
+    UserError: what the flags name cannot be.
   """
   settings = {
     'model': flags.model,
@@ -145,17 +120,10 @@ def encode(flags: argparse.Namespace) -> None:
   print(f'{flags.output}: an index of {writer.done} documents')
 
 
-def main(flags: argparse.Namespace) -> None:
-  """Embeds; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  logging.set_verbosity(logging.INFO)
-  try:
-    encode(flags)
-  except USER_ERRORS as error:
-    sys.exit(f'grit_jax: error: {error}')
-  except KeyboardInterrupt:
-    sys.exit('grit_jax: stopped; the same command goes on from what is whole')
-
-
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(
+    make_parser(),
+    encode,
+    stopped='stopped; the same command resumes after what is whole',
+    less_memory='--batch_size, --max_length and --quantization',
+  )

@@ -23,16 +23,16 @@ from grit_jax.checkpoint import (
   MODEL,
   STATE,
   Checkpoint,
-  CheckpointError,
   absolute,
   find_checkpoint,
   flatten,
   reason,
 )
-from grit_jax.config import ARCHITECTURE, Config, ConfigError, ModelConfig
+from grit_jax.config import ARCHITECTURE, Config, ModelConfig
 from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.lora import (
   adapter_path,
@@ -136,7 +136,7 @@ class AdaptedModel(InitialModel):
     """Opens a checkpoint of adapters and, where that says, its base.
 
     Raises:
-      CheckpointError, ConvertError: One of them is missing or damaged, or the
+      UserError: One of them is missing or damaged, or the
         base is another model than the one that the adapters were trained on.
     """
     self.where = str(checkpoint.folder)
@@ -194,11 +194,11 @@ def check_base(checkpoint: Checkpoint, base: InitialModel) -> None:
   """Checks that a checkpoint's adapters are for a base.
 
   Raises:
-    CheckpointError: They are for another one.
+    UserError: They are for another one.
   """
   named = checkpoint.read_base()
   if base.fingerprint() != named['fingerprint']:
-    raise CheckpointError(
+    raise UserError(
       f'{checkpoint.folder} has adapters of {named["init_from"]}, and '
       f'{base.where} has other weights than that had.'
     )
@@ -215,7 +215,7 @@ def _find_arrays(
     if path.startswith(prefix)
   }
   if {path: array.shape for path, array in found.items()} != wanted:
-    raise CheckpointError(
+    raise UserError(
       f'{checkpoint.folder}: the weights are not those of its configuration.'
     )
   return found
@@ -228,7 +228,7 @@ def _read_array(
   try:
     return array[index].read().result()
   except ValueError as error:
-    raise CheckpointError(
+    raise UserError(
       f'{checkpoint.folder}: {path} cannot be read: {reason(error)}'
     ) from error
 
@@ -266,7 +266,7 @@ def open_initial(path: epath.PathLike) -> InitialModel:
       for its newest checkpoint.
 
   Raises:
-    CheckpointError, ConvertError: There is no such model, or it is damaged;
+    UserError: There is no such model, or it is damaged;
       the message names what.
   """
   folder = epath.Path(path)
@@ -277,7 +277,7 @@ def open_initial(path: epath.PathLike) -> InitialModel:
     return _CheckpointModel(checkpoint)
   if (folder / 'config.json').exists():
     return _FolderModel(HfFolder(folder))
-  raise CheckpointError(
+  raise UserError(
     f'init_from={path} is neither a Hugging Face folder (with config.json) nor '
     f'a checkpoint (with {STATE}/) nor a workdir (with checkpoints/).'
   )
@@ -336,7 +336,7 @@ def load_model(
     The decoder, in `config.model.param_dtype` but for what is quantised.
 
   Raises:
-    MeshError: What is quantised does not divide over the mesh.
+    UserError: What is quantised does not divide over the mesh.
   """
   abstract = jax.eval_shape(lambda: Decoder(config.model, key))
   drawn = {}
@@ -367,7 +367,7 @@ def load_unstacked(
     The decoder, in `config.model.param_dtype` but for what is quantised.
 
   Raises:
-    MeshError: What is quantised does not divide over the mesh.
+    UserError: What is quantised does not divide over the mesh.
   """
   key = jax.random.key(0)
   abstract = jax.eval_shape(lambda: Decoder(config.model, key).unstack())

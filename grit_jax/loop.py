@@ -10,6 +10,7 @@ import numpy as np
 from grit_jax.checkpoint import Checkpoints
 from grit_jax.config import Config
 from grit_jax.data.pipeline import HostBatch, Pipeline, place_batch
+from grit_jax.errors import UserError
 from grit_jax.metrics import MetricsWriter
 from grit_jax.models.decoder import Decoder
 from grit_jax.objective import TrainState
@@ -18,10 +19,6 @@ from grit_jax.profile import Profile
 
 # Returns the figures of a model on the held-out records.
 Evaluate = Callable[[Decoder], dict[str, float]]
-
-
-class NonFiniteLossError(RuntimeError):
-  """The loss or the gradient is not a number any more."""
 
 
 class Loop:
@@ -126,7 +123,7 @@ class Loop:
     latest = self.checkpoints.latest()
     good = 'none' if latest is None else self.checkpoints.path(latest)
     names = self.pipeline.plan.describe_records(step - 1)
-    raise NonFiniteLossError(
+    raise UserError(
       f'step {step}: loss={metrics["loss"]}, '
       f'grad_norm={metrics["grad_norm"]}. Last good checkpoint: {good}. '
       f'Records of the batch: {", ".join(names)}'

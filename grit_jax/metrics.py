@@ -17,6 +17,8 @@ from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from grit_jax.errors import UserError
+
 TOKENS_PER_SECOND = 'tokens_per_second'
 
 # What `plot_losses` draws: key, title and unit.
@@ -28,10 +30,6 @@ PLOTS = (
   ('evaluation/generative_loss', 'Held-out generative loss', 'nats per token'),
   ('learning_rate', 'Learning rate', 'per step'),
 )
-
-
-class MetricsError(ValueError):
-  """A metrics file that cannot be read; the message names file and line."""
 
 
 class MetricsWriter:
@@ -157,7 +155,7 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
       # A kill tears the last line alone.
       if number < len(lines):
-        raise MetricsError(f'{path}:{number} is not JSON: {error}') from error
+        raise UserError(f'{path}:{number} is not JSON: {error}') from error
   return records
 
 

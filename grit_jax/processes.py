@@ -16,15 +16,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from grit_jax.errors import UserError
+
 # A process that says nothing for so long is taken for dead, and the others
 # end. A long garbage collection or a slow disk is shorter.
 HEARTBEAT_SECONDS = 30
 # At the end processes wait so long for each other.
 SHUTDOWN_SECONDS = 60
-
-
-class ProcessError(RuntimeError):
-  """The processes of a run do not find each other, or do not agree."""
 
 
 def start_processes(
@@ -43,7 +41,7 @@ def start_processes(
   the only one.
 
   Raises:
-    ProcessError: some are given and some not, or they cannot be.
+    UserError: some are given and some not, or they cannot be.
   """
   given = {
     '--coordinator_address': coordinator_address,
@@ -64,17 +62,17 @@ def start_processes(
         raise
     return
   if coordinator_address is None or num_processes is None or process_id is None:
-    raise ProcessError(
+    raise UserError(
       f'{", ".join(missing)} missing: give all of {", ".join(given)}, or none '
       'on a TPU VM, on GKE or under Slurm.'
     )
   if not 0 <= process_id < num_processes:
-    raise ProcessError(
+    raise UserError(
       f'--process_id={process_id} is not in 0 to {num_processes - 1}, with '
       f'--num_processes={num_processes}.'
     )
   if ':' not in coordinator_address:
-    raise ProcessError(
+    raise UserError(
       f'--coordinator_address={coordinator_address} is not HOST:PORT.'
     )
   jax.distributed.initialize(
@@ -95,29 +93,30 @@ def check_equal(what: str, value: str) -> None:
   """Checks that all processes have the same value; all must call it.
 
   Raises:
-    ProcessError: they have not; the message names `what` and the processes.
+    UserError: they have not; the message names `what` and the processes.
   """
   digest = hashlib.sha256(value.encode()).digest()
   digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
   digests = np.asarray(digests).reshape(jax.process_count(), -1)
   others = np.flatnonzero((digests != digests[0]).any(axis=1))
   if others.size:
-    raise ProcessError(
+    raise UserError(
       f'{what}: that of process {", ".join(map(str, others))} is not that of '
       'process 0.'
     )
 
 
-def end(message: str) -> NoReturn:
-  """Ends this process with a message, and so the others.
+def end(message: str, status: int) -> NoReturn:
+  """Ends this process with a message and an exit code, and so the others.
 
   At a usual exit JAX would wait for the others, which wait for this one.
   """
-  if jax.process_count() == 1:
-    sys.exit(message)
   logging.flush()
-  print(message, file=sys.stderr, flush=True)
-  os._exit(1)
+  if message:
+    print(message, file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    os._exit(status)
+  sys.exit(status)
 
 
 class StopOnSignal:

@@ -14,7 +14,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from grit_jax.config import ConfigError, ProfileConfig
+from grit_jax.config import ProfileConfig
+from grit_jax.errors import ConfigError
 
 
 def check_profiler(config: ProfileConfig, platform: str) -> None:

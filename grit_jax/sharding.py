@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grit_jax.config import Config, MeshConfig, ModelConfig
+from grit_jax.errors import UserError
 
 AXES = ('data', 'pair', 'fsdp', 'expert', 'tensor')
 # The axes that split rows, and over which a weight's gradient is summed.
@@ -57,10 +58,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 VOCAB_MULTIPLE = 256
 
 
-class MeshError(ValueError):
-  """A mesh that does not fit the devices, the batch or the model."""
-
-
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -74,7 +71,7 @@ def make_mesh(
     devices: by default all of the run's.
 
   Raises:
-    MeshError: the axes' product is not the number of devices.
+    UserError: the axes' product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   slices = 1
@@ -106,13 +103,13 @@ def _sizes(config: MeshConfig, devices: int, slices: int) -> list[int]:
   if -1 in sizes:
     if devices % fixed:
       fits = [n for n in range(1, devices + 1) if devices % n == 0]
-      raise MeshError(
+      raise UserError(
         f'{named}: {there} do not divide by {fixed}, so the axis of -1 has no '
         f'size. The product of the others must be one of {fits}.'
       )
     sizes[sizes.index(-1)] = devices // fixed
   elif fixed != devices:
-    raise MeshError(
+    raise UserError(
       f'{named} is a mesh of {fixed} devices, but there are {there}. Set one '
       'axis to -1 to let it take the rest.'
     )
@@ -141,7 +138,7 @@ def validate(config: Config, mesh: Mesh) -> None:
   """Checks that the model and the batch divide over the mesh.
 
   Raises:
-    MeshError: the message names the key, its size and the axis.
+    UserError: the message names the key, its size and the axis.
   """
   model = config.model
   for name in ('num_heads', 'num_kv_heads', 'mlp_dim'):
@@ -149,7 +146,7 @@ def validate(config: Config, mesh: Mesh) -> None:
   if model.num_experts:
     _check_divides('model.num_experts', model.num_experts, mesh, ('expert',))
   elif mesh.shape['expert'] > 1:
-    raise MeshError(
+    raise UserError(
       f'mesh.expert={mesh.shape["expert"]}, but model.num_experts=0: there is '
       'nothing to split over it.'
     )
@@ -195,7 +192,7 @@ def _check_divides(
     product = '*'.join(
       f'mesh.{axis}' for axis in axes if axis != 'pair' and sizes[axis] > 1
     )
-    raise MeshError(f'{name}={size} does not divide by {product}={shards}.')
+    raise UserError(f'{name}={size} does not divide by {product}={shards}.')
 
 
 def padded_vocab(model: ModelConfig) -> int:

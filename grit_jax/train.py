@@ -4,36 +4,27 @@ Read it top to bottom: the order of the file is the order of a run. Started
 again with the same command, a run goes on where it stopped.
 """
 
+import argparse
 import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import grain
 import jax
 import optax
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
-from ml_collections import config_flags
 
+from grit_jax import cli, processes, sharding
 from grit_jax import config as configuration
 from grit_jax import optimizer as optimizers
-from grit_jax import processes, sharding
-from grit_jax.checkpoint import (
-  CheckpointError,
-  Checkpoints,
-  find_checkpoint,
-  has_checkpoint,
-)
-from grit_jax.config import Config, ConfigError
-from grit_jax.convert import ConvertError
+from grit_jax.checkpoint import Checkpoints, find_checkpoint, has_checkpoint
+from grit_jax.config import Config
 from grit_jax.data import records
 from grit_jax.data.filling import RowShards
-from grit_jax.data.folders import PreparationError
-from grit_jax.data.formats import FormatError
 from grit_jax.data.pipeline import Pipeline
 from grit_jax.data.preparation import (
   Datasets,
@@ -43,9 +34,9 @@ from grit_jax.data.preparation import (
   prepare_data,
   train_or_load_tokenizer,
 )
-from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, sources
-from grit_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
+from grit_jax.errors import ConfigError
 from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.initial import (
   InitialModel,
@@ -56,32 +47,15 @@ from grit_jax.initial import (
   open_initial,
   take_architecture,
 )
-from grit_jax.logs import quiet_libraries
-from grit_jax.loop import Loop, NonFiniteLossError
-from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
+from grit_jax.loop import Loop
+from grit_jax.metrics import MetricsWriter, plot_losses
 from grit_jax.models.attention import choose_kernel
 from grit_jax.models.decoder import Decoder, count_parameters
 from grit_jax.models.lora import add_adapters, join_trained, split_trained
 from grit_jax.objective import TrainState, create_state, make_train_step
-from grit_jax.processes import ProcessError, StopOnSignal
+from grit_jax.processes import StopOnSignal
 from grit_jax.profile import Profile, check_profiler
-from grit_jax.sharding import MeshError
 from grit_jax.xla_options import compiler_options
-
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept.')
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator_address',
-  None,
-  'HOST:PORT of process 0 of several. This and the next two are found by '
-  'themselves on TPU VMs, on GKE and under Slurm.',
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'Processes of the run.'
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Number of this process, from 0.'
-)
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were.
@@ -97,49 +71,39 @@ _FIXED = 'evaluation.held_out_fraction'
 # know SIGTERM by, so that none takes the run for finished.
 STOPPED = 128 + signal.SIGTERM
 
-# What ends in one message instead of a traceback: the user can mend these.
-USER_ERRORS = (
-  CheckpointError,
-  ConfigError,
-  ConvertError,
-  FileNotFoundError,
-  FormatError,
-  MeshError,
-  MetricsError,
-  NonFiniteLossError,
-  PreparationError,
-  ProcessError,
-  RecordError,
-  TokenizerError,
-)
+
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the flags besides `--config`."""
+  parser = cli.Parser(
+    prog='python -m grit_jax.train',
+    description='Trains as --config=FILE and --config.KEY=VALUE say.',
+  )
+  parser.add_argument('--workdir', required=True, help='where the run is kept')
+  parser.add_argument(
+    '--coordinator_address',
+    help='HOST:PORT of process 0 of several. This and the next two are found '
+    'by themselves on TPU VMs, on GKE and under Slurm.',
+  )
+  parser.add_argument('--num_processes', type=int, help='processes of the run')
+  parser.add_argument(
+    '--process_id', type=int, help='number of this process, from 0'
+  )
+  return parser
 
 
-def main(argv: Sequence[str]) -> None:
-  """Trains as the flags say; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  try:
-    config = configuration.resolve(_CONFIG.value)
-    processes.start_processes(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  except (ConfigError, ProcessError) as error:
-    sys.exit(f'grit_jax: error: {error}')
+def start(flags: argparse.Namespace) -> None:
+  """Trains as the flags say, with the run's other processes.
+
+  Raises:
+    UserError: as `train`; or the processes do not find each other.
+  """
+  config = configuration.resolve(flags.config)
+  processes.start_processes(
+    flags.coordinator_address, flags.num_processes, flags.process_id
+  )
   if not processes.is_first():
     logging.set_verbosity(logging.WARNING)
-  try:
-    train(config, epath.Path(_WORKDIR.value))
-  except USER_ERRORS as error:
-    processes.end(f'grit_jax: error: {error}')
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    processes.end(
-      'grit_jax: error: the processes of the run cannot work together any '
-      'more; another one may have ended. Start all of them again: the run goes '
-      f'on from its newest checkpoint. JAX says: {error}'
-    )
+  train(config, epath.Path(flags.workdir))
 
 
 def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -153,8 +117,8 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     What `evaluation.json` holds; empty without an evaluation.
 
   Raises:
-    One of `USER_ERRORS`, before any work is lost; or SystemExit with `STOPPED`,
-    after a signal.
+    UserError: before any work is lost. SystemExit: with `STOPPED`, after a
+      signal.
   """
   stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
@@ -501,5 +465,10 @@ def _write_json(path: epath.Path, value: Any) -> None:
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  cli.run(
+    make_parser(),
+    start,
+    config=True,
+    less_memory='memory.remat=full, memory.chunk_rows, smaller batches and '
+    'more devices in mesh.fsdp',
+  )

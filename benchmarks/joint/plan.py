@@ -15,7 +15,6 @@ from grit_jax import train
 from grit_jax.config import (
   CheckpointConfig,
   Config,
-  ConfigError,
   DataConfig,
   EvaluationConfig,
   MemoryConfig,
@@ -25,6 +24,7 @@ from grit_jax.config import (
 )
 from grit_jax.data import preparation
 from grit_jax.data.sources import sources
+from grit_jax.errors import ConfigError
 from grit_jax.models import presets
 
 # The core, which runs first and with more seeds; then one change of it each.

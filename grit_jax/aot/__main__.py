@@ -1,73 +1,92 @@
 """The command; see the package."""
 
+import argparse
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
+from grit_jax import cli
 from grit_jax import config as configuration
 from grit_jax.aot import report
-from grit_jax.aot.compiler import CompileError, Request, compile_step
+from grit_jax.aot.compiler import Request, compile_step
 from grit_jax.aot.program import Sizes
 from grit_jax.aot.sweep import sweep
-from grit_jax.aot.topologies import TopologyError, count_devices, find_chip
-from grit_jax.config import Config, ConfigError
-
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'Such as v5e:8x8.')
-_SLICES = flags.DEFINE_integer('slices', 1, 'How many of it.', lower_bound=1)
-_EMBEDDING = flags.DEFINE_integer(
-  'embedding_rows',
-  None,
-  'Packed rows of embedding texts a step. By default a row for four pairs, '
-  'which is about what the data of the paper take, rounded up to divide.',
-  lower_bound=1,
-)
-_GENERATIVE = flags.DEFINE_integer(
-  'generative_rows',
-  None,
-  'Packed rows of conversations a step. By default as many as conversations of '
-  'the greatest length take, rounded up to divide.',
-  lower_bound=1,
-)
-_FULL = flags.DEFINE_bool(
-  'full', False, 'Generate code too: minutes, but certain that it compiles.'
-)
-_SWEEP = flags.DEFINE_bool('sweep', False, 'Try other executors and meshes.')
-_OUTPUT = flags.DEFINE_string('output', '', 'A JSON file for the figures.')
+from grit_jax.aot.topologies import count_devices, find_chip
+from grit_jax.config import Config
+from grit_jax.errors import ConfigError
 
 
-def main(argv: Sequence[str]) -> None:
-  """Compiles, and prints what the compiler says."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  try:
-    request = make_request()
-    if _SWEEP.value:
-      found = sweep(request, lambda line: print(line, file=sys.stderr))
-      print(report.describe_sweep(found))
-      write(found)
-      return
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the flags besides `--config`."""
+  parser = cli.Parser(
+    prog='python -m grit_jax.aot',
+    description="Compiles a --config's step for TPUs that are not there.",
+  )
+  parser.add_argument('--topology', required=True, help='such as v5e:8x8')
+  parser.add_argument(
+    '--slices',
+    type=cli.parse_positive,
+    default=1,
+    help='how many of it (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--embedding_rows',
+    type=cli.parse_positive,
+    help='packed rows of embedding texts a step (default: a row for four '
+    'pairs, which is about what the data of the paper take, rounded up to '
+    'divide)',
+  )
+  parser.add_argument(
+    '--generative_rows',
+    type=cli.parse_positive,
+    help='packed rows of conversations a step (default: as many as '
+    'conversations of the greatest length take, rounded up to divide)',
+  )
+  parser.add_argument(
+    '--full',
+    action='store_true',
+    help='generate code too: minutes, but certain that it compiles',
+  )
+  parser.add_argument(
+    '--sweep', action='store_true', help='try other executors and meshes'
+  )
+  parser.add_argument('--output', help='a JSON file for the figures')
+  return parser
+
+
+def compile_ahead(flags: argparse.Namespace) -> None:
+  """Compiles, and prints what the compiler says.
+
+  Raises:
+    UserError: a flag's value cannot be, or the step cannot be compiled.
+  """
+  request = make_request(flags)
+  if flags.output:
+    # Before minutes are spent: the folder is there, and may be written.
+    with open(flags.output, 'a'):
+      pass
+  figures: dict | list
+  if flags.sweep:
+    figures = sweep(request, lambda line: print(line, file=sys.stderr))
+    print(report.describe_sweep(figures))
+  else:
     figures = compile_step(request)
     figures['estimated_seconds'] = report.estimate_seconds(figures)
-  except (CompileError, ConfigError, TopologyError) as error:
-    sys.exit(f'grit_jax: error: {error}')
-  print(report.describe(figures))
-  write(figures)
+    print(report.describe(figures))
+  if flags.output:
+    with open(flags.output, 'w') as file:
+      json.dump(figures, file, indent=2)
 
 
-def make_request() -> Request:
+def make_request(flags: argparse.Namespace) -> Request:
   """Reads the flags.
 
   Raises:
-    ConfigError, TopologyError: a flag's value cannot be.
+    UserError: a flag's value cannot be.
   """
-  find_chip(_TOPOLOGY.value)
-  values = _CONFIG.value
+  find_chip(flags.topology)
+  values = flags.config
   # Neither is read: shapes alone are.
   values.data.paths = values.data.paths or 'unused'
   config = configuration.resolve(values)
@@ -81,11 +100,16 @@ def make_request() -> Request:
       config.model, vocab_size=config.data.tokenizer_pieces
     )
     config = dataclasses.replace(config, model=model)
+  devices = flags.slices * count_devices(flags.topology)
+
+  def divisible(rows: float) -> int:
+    return math.ceil(rows / devices) * devices
+
   sizes = Sizes(
-    _EMBEDDING.value or _divisible(config.data.embedding_batch / 4),
-    _GENERATIVE.value or _divisible(_worst_generative(config)),
+    flags.embedding_rows or divisible(config.data.embedding_batch / 4),
+    flags.generative_rows or divisible(_worst_generative(config)),
   )
-  return Request(config, _TOPOLOGY.value, _SLICES.value, sizes, _FULL.value)
+  return Request(config, flags.topology, flags.slices, sizes, flags.full)
 
 
 def _worst_generative(config: Config) -> float:
@@ -93,18 +117,5 @@ def _worst_generative(config: Config) -> float:
   return data.generative_batch * data.max_generative_tokens / data.row_length
 
 
-def _divisible(rows: float) -> int:
-  devices = _SLICES.value * count_devices(_TOPOLOGY.value)
-  return math.ceil(rows / devices) * devices
-
-
-def write(figures: dict | list) -> None:
-  """Writes what `--output` names."""
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, 'w') as file:
-      json.dump(figures, file, indent=2)
-
-
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'topology'])
-  app.run(main)
+  cli.run(make_parser(), compile_ahead, config=True)

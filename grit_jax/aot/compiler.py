@@ -69,7 +69,7 @@ def compile_step(request: Request) -> dict[str, Any]:
 
   Raises:
     CompileError: it cannot be compiled, for another reason than memory.
-    TopologyError: there is no such topology.
+    UserError: there is no such topology.
   """
   chip = find_chip(request.topology)
   _check_libtpu()

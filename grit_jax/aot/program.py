@@ -11,6 +11,7 @@ from grit_jax import objective, optimizer, sharding
 from grit_jax.aot.flops import count_flops
 from grit_jax.batch import Batch, EmbeddingRows, GenerativeRows, Rows
 from grit_jax.config import Config
+from grit_jax.errors import UserError
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.lora import (
   add_adapters,
@@ -20,7 +21,6 @@ from grit_jax.models.lora import (
 )
 from grit_jax.models.quantization import quantize
 from grit_jax.objective import TrainState
-from grit_jax.sharding import MeshError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def abstract_batch(config: Config, mesh: Mesh, sizes: Sizes) -> Batch:
   """Returns the types of a batch, placed as the pipeline places one.
 
   Raises:
-    MeshError: the rows of one pass do not divide over the mesh.
+    UserError: the rows of one pass do not divide over the mesh.
   """
   data = config.data
   pairs, passages = data.embedding_batch, data.num_passages
@@ -115,7 +115,7 @@ def _row_shape(config: Config, rows: int) -> tuple[int, ...]:
 def _check_rows(config: Config, mesh: Mesh, name: str, rows: int) -> None:
   shards = sharding.row_shards(mesh)
   if not config.memory.chunk_rows and rows % shards:
-    raise MeshError(
+    raise UserError(
       f'--{name}={rows} does not divide over the {shards} devices that split '
       f'rows. {-(-rows // shards) * shards} does.'
     )

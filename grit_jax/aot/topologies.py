@@ -7,9 +7,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-
-class TopologyError(ValueError):
-  """A topology that does not exist; the message names those that do."""
+from grit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +68,13 @@ def find_chip(topology: str) -> Chip:
   """Returns the chip of a topology such as `v5e:8x8`.
 
   Raises:
-    TopologyError: there is none of this name.
+    UserError: there is none of this name.
   """
   names = [f'{chip}:{n}' for chip in CHIPS for n in CHIPS[chip].names]
   if topology not in names:
     close = difflib.get_close_matches(topology, names, n=1)
     hint = f' Did you mean {close[0]}?' if close else ''
-    raise TopologyError(
+    raise UserError(
       f'{topology!r} is not a topology.{hint} There are: {", ".join(names)}.'
     )
   return CHIPS[topology.split(':')[0]]

@@ -35,8 +35,8 @@ def main(folder: pathlib.Path) -> None:
     outcome = _compile(folder, request)
   except (
     configuration.ConfigError,
-    sharding.MeshError,
-    topologies.TopologyError,
+    sharding.UserError,
+    topologies.UserError,
   ) as error:
     outcome = {'error': str(error)}
   _write(folder / 'outcome.json', outcome)

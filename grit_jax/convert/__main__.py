@@ -2,24 +2,15 @@
 
 import argparse
 import re
-import sys
 import warnings
-from collections.abc import Sequence
 
 import jax
-from absl import app, logging
-from absl.flags import argparse_flags
 
-from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError
-from grit_jax.convert import ConvertError
+from grit_jax import cli
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import DTYPES, MAX_SHARD_BYTES, to_hf
 from grit_jax.convert.to_peft import to_peft
-from grit_jax.data.tokenizer import TokenizerError
 from grit_jax.logs import quiet_libraries
-
-USER_ERRORS = (CheckpointError, ConfigError, ConvertError, TokenizerError)
 
 _UNITS = {'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
@@ -33,18 +24,15 @@ def parse_size(text: str) -> int:
   return size
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the command and its flags."""
-  # `resolve`: a module of the same process may define flags of such names.
-  parser = argparse_flags.ArgumentParser(
-    conflict_handler='resolve',
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command and its flags."""
+  parser = cli.Parser(
     prog='python -m grit_jax.convert',
     description='Converts models.',
   )
   commands = parser.add_subparsers(dest='command', required=True)
   command = commands.add_parser(
     'from_hf',
-    conflict_handler='resolve',
     help='a Hugging Face folder into a checkpoint',
   )
   command.add_argument('--source', required=True, help='the folder; local')
@@ -53,7 +41,6 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   )
   command = commands.add_parser(
     'to_hf',
-    conflict_handler='resolve',
     help="a run's model into a folder that other tools load",
   )
   command.add_argument(
@@ -75,7 +62,6 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   )
   command = commands.add_parser(
     'to_peft',
-    conflict_handler='resolve',
     help="a run's adapters into a folder that PEFT loads",
   )
   command.add_argument(
@@ -91,30 +77,24 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     default='',
     help="the folder or name of their base (default: the run's init_from)",
   )
-  return parser.parse_args(argv[1:])
+  return parser
 
 
-def main(flags: argparse.Namespace) -> None:
-  """Converts as the flags say; a mistake of the user's ends in one message."""
+def convert(flags: argparse.Namespace) -> None:
+  """Converts as the flags say."""
   # Of the libraries underneath, nothing: their errors are raised.
   quiet_libraries(None)
-  logging.set_verbosity(logging.INFO)
   # What Orbax leaves behind when a disk is full says nothing to the user.
   warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
   # All is the host's work: an accelerator may be busy, or somebody else's.
   jax.config.update('jax_platforms', 'cpu')
-  try:
-    if flags.command == 'from_hf':
-      from_hf(flags.source, flags.target)
-    elif flags.command == 'to_peft':
-      to_peft(flags.source, flags.target, flags.base)
-    else:
-      to_hf(flags.source, flags.target, flags.dtype, flags.max_shard_size)
-  except USER_ERRORS as error:
-    sys.exit(f'grit_jax: error: {error}')
-  except KeyboardInterrupt:
-    sys.exit(f'grit_jax: stopped; {flags.target} is not written.')
+  if flags.command == 'from_hf':
+    from_hf(flags.source, flags.target)
+  elif flags.command == 'to_peft':
+    to_peft(flags.source, flags.target, flags.base)
+  else:
+    to_hf(flags.source, flags.target, flags.dtype, flags.max_shard_size)
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(make_parser(), convert, stopped='stopped; the target is not written')

@@ -25,8 +25,8 @@ def from_hf(source: epath.PathLike, target: epath.PathLike) -> None:
       when it is whole.
 
   Raises:
-    ConvertError: The folder is not one that can be converted.
-    CheckpointError: The target exists, or cannot be written.
+    UserError: The folder is not one that can be converted.
+    UserError: The target exists, or cannot be written.
   """
   folder = HfFolder(source)
   slices: dict[str, list[Tensor]] = {}

@@ -12,8 +12,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from grit_jax.config import ConfigError, ModelConfig, RotaryScalingConfig
-from grit_jax.convert import ConvertError
+from grit_jax.config import ModelConfig, RotaryScalingConfig
+from grit_jax.errors import ConfigError, UserError
 
 CONFIG_FILE = 'config.json'
 
@@ -90,17 +90,17 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
   """Reads a folder's config.json.
 
   Raises:
-    ConvertError: there is none, or it is not a JSON object.
+    UserError: there is none, or it is not a JSON object.
   """
   path = epath.Path(folder) / CONFIG_FILE
   try:
     config = json.loads(path.read_text())
   except FileNotFoundError as error:
-    raise ConvertError(f'{path} does not exist.') from error
+    raise UserError(f'{path} does not exist.') from error
   except ValueError as error:
-    raise ConvertError(f'{path} is not JSON: {error}') from error
+    raise UserError(f'{path} is not JSON: {error}') from error
   if not isinstance(config, dict):
-    raise ConvertError(f'{path} is not a JSON object.')
+    raise UserError(f'{path} is not a JSON object.')
   return config
 
 
@@ -116,7 +116,7 @@ def to_model(config: Mapping[str, Any], where: str) -> ModelConfig:
     where: the file's path, for messages.
 
   Raises:
-    ConvertError: the decoder cannot be this model, or the sizes contradict
+    UserError: the decoder cannot be this model, or the sizes contradict
       each other; the message names `where`, the key and the value.
   """
   family = _family(config, where)
@@ -127,7 +127,7 @@ def to_model(config: Mapping[str, Any], where: str) -> ModelConfig:
   keys = _Keys({**DEFAULTS[family], **config}, where)
   heads, dim = keys.size('num_attention_heads'), keys.size('hidden_size')
   if config.get('head_dim') is None and dim % heads:
-    raise ConvertError(
+    raise UserError(
       f'{where}: hidden_size={dim} is not a multiple of num_attention_heads='
       f'{heads}, and there is no head_dim.'
     )
@@ -157,7 +157,7 @@ def to_model(config: Mapping[str, Any], where: str) -> ModelConfig:
   try:
     model.validate()
   except ConfigError as error:
-    raise ConvertError(f'{where}: {error}') from error
+    raise UserError(f'{where}: {error}') from error
   if family != 'llama':
     _report_window(keys.read('sliding_window'), where)
   known = {*keys.found, *_NEUTRAL, *_ONLY, *_ROTARY_GROUPS, *_ROTARY_KEYS}
@@ -254,7 +254,7 @@ def _rope_scaling(scaling: RotaryScalingConfig) -> dict[str, Any]:
 def _family(config: Mapping[str, Any], where: str) -> str:
   family = config.get('model_type')
   if family not in DEFAULTS:
-    raise ConvertError(
+    raise UserError(
       f'{where}: model_type={family!r} is not one of {", ".join(DEFAULTS)}.'
     )
   return family
@@ -264,14 +264,14 @@ def _check_only(
   what: str, value: Any, allowed: tuple[Any, ...], reason: str
 ) -> None:
   if value not in allowed:
-    raise ConvertError(f'{what}={value!r} cannot be converted: {reason}.')
+    raise UserError(f'{what}={value!r} cannot be converted: {reason}.')
 
 
 def _join_rotary(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns all that is said of rotary positions, in whichever style.
 
   Raises:
-    ConvertError: two places contradict each other.
+    UserError: two places contradict each other.
   """
   groups = {'': {key: config[key] for key in _ROTARY_KEYS if key in config}}
   for name in _ROTARY_GROUPS:
@@ -279,7 +279,7 @@ def _join_rotary(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(group, dict) or any(
       isinstance(value, dict) for value in group.values()
     ):
-      raise ConvertError(
+      raise UserError(
         f'{where}: {name}={group!r} is not one group of values for all layers.'
       )
     groups[f'{name}.'] = dict(group)
@@ -289,7 +289,7 @@ def _join_rotary(config: Mapping[str, Any], where: str) -> dict[str, Any]:
       name = 'rope_type' if key == 'type' else key
       before = joined.setdefault(name, (prefix + key, value))
       if before[1] != value:
-        raise ConvertError(
+        raise UserError(
           f'{where}: {before[0]}={before[1]!r}, but {prefix}{key}={value!r}.'
         )
   return {name: value for name, (_, value) in joined.items()}
@@ -319,7 +319,7 @@ def _rotary(
       original_positions=keys.size('original_max_position_embeddings'),
     )
   else:
-    raise ConvertError(
+    raise UserError(
       f'{where}: rope_type={kind!r} is not one of default, linear, llama3.'
     )
   return theta, scaling, set(rotary) - keys.found - {'partial_rotary_factor'}
@@ -345,7 +345,7 @@ class _Keys:
   def read(self, key: str) -> Any:
     self.found.add(key)
     if key not in self._values:
-      raise ConvertError(f'{self._where}: {key} is missing.')
+      raise UserError(f'{self._where}: {key} is missing.')
     return self._values[key]
 
   def size(self, key: str, absent: int | None = None) -> int:
@@ -364,5 +364,5 @@ class _Keys:
     value = self.read(key)
     fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     if not fits or (kind is not bool and not value > 0):
-      raise ConvertError(f'{self._where}: {key}={value!r} is not {name}.')
+      raise UserError(f'{self._where}: {key}={value!r} is not {name}.')
     return value

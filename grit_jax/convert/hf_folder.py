@@ -21,14 +21,14 @@ from grit_jax import config as configuration
 from grit_jax.config import (
   ARCHITECTURE,
   Config,
-  ConfigError,
   ModelConfig,
   RotaryScalingConfig,
 )
-from grit_jax.convert import ConvertError, hf_config, keys
+from grit_jax.convert import hf_config, keys
 from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
 from grit_jax.convert.safetensors_reader import StoredTensor, find_tensors
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.models.attention import rotary_frequencies
 
 # Our exports have it: the run's whole configuration, as JSON.
@@ -68,7 +68,7 @@ class HfFolder:
     """Opens and checks the folder.
 
     Raises:
-      ConvertError: the folder is not what the converter knows to the last
+      UserError: the folder is not what the converter knows to the last
         tensor; the message names what is wrong.
     """
     self.path = _local(folder)
@@ -91,9 +91,9 @@ class HfFolder:
     try:
       self.tokenizer = load_tokenizer(self.path)
     except TokenizerError as error:
-      raise ConvertError(str(error)) from error
+      raise UserError(str(error)) from error
     if self.tokenizer.vocab_size > model.vocab_size:
-      raise ConvertError(
+      raise UserError(
         f'{self.path}: the tokenizer has {self.tokenizer.vocab_size} ids, and '
         f'the model has vocab_size={model.vocab_size}.'
       )
@@ -111,7 +111,7 @@ class HfFolder:
       padded.
 
     Raises:
-      ConvertError: a file cannot be read any more.
+      UserError: a file cannot be read any more.
     """
     stored = self._stored[tensor.name]
     shape = keys.slice_shape(tensor, self.model)
@@ -145,13 +145,13 @@ class HfFolder:
 def _local(folder: epath.PathLike) -> pathlib.Path:
   name = str(folder)
   if '://' in name:
-    raise ConvertError(
+    raise UserError(
       f'{name}: safetensors reads local files alone. Copy the folder to a '
       'disk, or mount its bucket as one.'
     )
   path = pathlib.Path(name).absolute()
   if not path.is_dir():
-    raise ConvertError(
+    raise UserError(
       f'{path} is not a folder. A published model is fetched by '
       '"hf download NAME --local-dir FOLDER".'
     )
@@ -162,7 +162,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
   """Returns the model, and the configuration of its run or of none.
 
   Raises:
-    ConvertError: what the folder's JSON files say is wrong, or contradictory.
+    UserError: what the folder's JSON files say is wrong, or contradictory.
   """
   config = hf_config.read_config(folder)
   where = str(folder / hf_config.CONFIG_FILE)
@@ -170,7 +170,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
   path = folder / RUN_FILE
   if not path.exists():
     if projection is not None:
-      raise ConvertError(
+      raise UserError(
         f'{folder} has a projection ({PROJECTION_FOLDER}), but no {RUN_FILE} '
         'that says what it is of.'
       )
@@ -178,7 +178,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
   try:
     run = configuration.from_dict(json.loads(path.read_text()))
   except (ValueError, AttributeError, ConfigError) as error:
-    raise ConvertError(
+    raise UserError(
       f'{path} is not the configuration of a run: {error}'
     ) from error
   # The window of an export is one that it was trained with.
@@ -187,7 +187,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
   model = dataclasses.replace(model, sliding_window=window)
   for name in (*ARCHITECTURE, 'sliding_window'):
     if getattr(run.model, name) != getattr(model, name):
-      raise ConvertError(
+      raise UserError(
         f'{path} has model.{name}={getattr(run.model, name)!r}, but '
         f'{hf_config.CONFIG_FILE} makes it {getattr(model, name)!r}.'
       )
@@ -195,7 +195,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
   if run.model.projection_dim:
     found = (run.model.embed_dim, run.model.projection_dim)
   if projection != found:
-    raise ConvertError(
+    raise UserError(
       f'{path} has model.projection_dim={run.model.projection_dim}, but '
       f'{PROJECTION_FOLDER} is '
       + (f'{list(projection)}.' if projection else 'not there.')
@@ -210,7 +210,7 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
   but a projection all the same.
 
   Raises:
-    ConvertError: it is not the linear map that a projection is.
+    UserError: it is not the linear map that a projection is.
   """
   path = folder / MODULES_FILE
   if path.exists():
@@ -224,7 +224,7 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
   if not names:
     return None
   if names != [PROJECTION_FOLDER]:
-    raise ConvertError(
+    raise UserError(
       f'{path} has Dense modules at {", ".join(names)}; one at '
       f'{PROJECTION_FOLDER} can be converted.'
     )
@@ -232,7 +232,7 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
   config = _read_json(path, dict)
   activation = str(config.get('activation_function'))
   if not activation.endswith('.Identity') or config.get('bias') is not True:
-    raise ConvertError(
+    raise UserError(
       f'{path}: activation_function={activation}, bias={config.get("bias")}: '
       'a projection is linear (Identity) with a bias.'
     )
@@ -243,9 +243,9 @@ def _read_json(path: pathlib.Path, kind: type) -> Any:
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise ConvertError(f'{path} cannot be read: {error}') from error
+    raise UserError(f'{path} cannot be read: {error}') from error
   if not isinstance(value, kind):
-    raise ConvertError(f'{path} is not a JSON {kind.__name__}.')
+    raise UserError(f'{path} is not a JSON {kind.__name__}.')
   return value
 
 
@@ -255,14 +255,14 @@ def _take_out_extras(
   """Removes tensors that other weights or the config already say.
 
   Raises:
-    ConvertError: they say something else.
+    UserError: they say something else.
   """
   extras = [name for name in stored if _BUFFER.fullmatch(name)]
   for name in extras:
     _check_buffer(folder, model, stored[name])
   if model.tie_embeddings and _HEAD in stored and _EMBED in stored:
     if not _are_equal(stored[_HEAD], stored[_EMBED]):
-      raise ConvertError(
+      raise UserError(
         f'{folder}: tie_word_embeddings=True, but {_HEAD} is not {_EMBED}: '
         'the config contradicts the weights.'
       )
@@ -291,7 +291,7 @@ def _check_buffer(
       wanted = rotary_frequencies(model.head_dim, model.rope_theta, scaling)
       if np.allclose(values, wanted, rtol=BUFFER_TOLERANCE):
         return
-  raise ConvertError(
+  raise UserError(
     f'{folder}: {stored.name} is not what rope_theta={model.rope_theta} and '
     f'{model.rotary_scaling} give: the config contradicts the weights.'
   )
@@ -324,7 +324,7 @@ def _check_names(
   lines = problems[:MAX_PROBLEMS]
   if len(problems) > len(lines):
     lines.append(f'... and {len(problems) - len(lines)} more')
-  raise ConvertError(
+  raise UserError(
     f'{folder}: the tensors are not those of {hf_config.CONFIG_FILE}:\n  '
     + '\n  '.join(lines)
   )

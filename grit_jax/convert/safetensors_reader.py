@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grit_jax.convert import ConvertError
+from grit_jax.errors import UserError
 
 ONE_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
@@ -40,13 +40,13 @@ class StoredTensor:
     memory for as long as it is open.
 
     Raises:
-      ConvertError: the file cannot be read any more.
+      UserError: the file cannot be read any more.
     """
     try:
       with safe_open(self.file, 'numpy') as file:
         return file.get_slice(self.name)[window]
     except (OSError, SafetensorError) as error:
-      raise ConvertError(f'{self.file} cannot be read: {error}') from error
+      raise UserError(f'{self.file} cannot be read: {error}') from error
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
@@ -57,24 +57,24 @@ def find_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
       files that it names.
 
   Raises:
-    ConvertError: there are none, a file is damaged or of another dtype, or the
+    UserError: there are none, a file is damaged or of another dtype, or the
       index contradicts the files.
   """
   one_file, index_file = folder / ONE_FILE, folder / INDEX_FILE
   if one_file.exists() and index_file.exists():
-    raise ConvertError(
+    raise UserError(
       f'{folder} has both {ONE_FILE} and {INDEX_FILE}: remove one of them.'
     )
   if one_file.exists():
     return {tensor.name: tensor for tensor in _read_header(one_file)}
   if not index_file.exists():
-    raise ConvertError(f'{folder} has no {ONE_FILE}{_explain(folder)}.')
+    raise UserError(f'{folder} has no {ONE_FILE}{_explain(folder)}.')
   files = _read_index(index_file)
   tensors: dict[str, StoredTensor] = {}
   for file in sorted(set(files.values())):
     for tensor in _read_header(folder / file):
       if tensor.name in tensors:
-        raise ConvertError(
+        raise UserError(
           f'{folder}: {tensor.name} is in two files, '
           f'{tensors[tensor.name].file.name} and {file}.'
         )
@@ -103,17 +103,17 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   """Returns the file of each tensor.
 
   Raises:
-    ConvertError: it is no index, or names a file that is not in the folder.
+    UserError: it is no index, or names a file that is not in the folder.
   """
   try:
     files = json.loads(path.read_text())['weight_map']
     names = sorted(set(files.values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ConvertError(f'{path} is no index: {error!r}.') from error
+    raise UserError(f'{path} is no index: {error!r}.') from error
   present = {file.name for file in path.parent.iterdir()}
   missing = [name for name in names if name not in present]
   if missing:
-    raise ConvertError(
+    raise UserError(
       f'{path} names {len(names)} files, of which {len(missing)} are not in '
       f'the folder: {", ".join(missing[:3])}{", ..." * (len(missing) > 3)}.'
     )
@@ -125,10 +125,10 @@ def _check_index(
 ) -> None:
   for name, file in files.items():
     if name not in tensors or tensors[name].file.name != file:
-      raise ConvertError(f'{path}: {name} is not in {file}.')
+      raise UserError(f'{path}: {name} is not in {file}.')
   for name, tensor in tensors.items():
     if name not in files:
-      raise ConvertError(f'{path} lacks {name}, which {tensor.file.name} has.')
+      raise UserError(f'{path} lacks {name}, which {tensor.file.name} has.')
 
 
 def _read_header(path: pathlib.Path) -> list[StoredTensor]:
@@ -137,7 +137,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
   safetensors checks that they fill the file to its last byte.
 
   Raises:
-    ConvertError: the file is damaged, or has another dtype.
+    UserError: the file is damaged, or has another dtype.
   """
   tensors = []
   try:
@@ -145,7 +145,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
       for name in file.keys():  # noqa: SIM118 (it is no dict)
         part = file.get_slice(name)
         if part.get_dtype() not in DTYPES:
-          raise ConvertError(
+          raise UserError(
             f'{path}: {name} is of dtype {part.get_dtype()}, not one of '
             f'{", ".join(DTYPES)}.'
           )
@@ -158,7 +158,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
     reason = f'it is damaged, or was not copied to its end ({error})'
     if _begins_with(path, _LFS_POINTER):
       reason = 'it is a pointer of Git LFS: "git lfs pull" fetches the file'
-    raise ConvertError(f'{path} cannot be read: {reason}.') from error
+    raise UserError(f'{path} cannot be read: {reason}.') from error
   return tensors
 
 

@@ -12,7 +12,7 @@ import tensorstore
 from etils import epath
 
 from grit_jax import checkpoint
-from grit_jax.checkpoint import CheckpointError
+from grit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,12 @@ def write_checkpoint(
     tokenizer: The tokenizer's files by name.
 
   Raises:
-    CheckpointError: The target exists, or cannot be written. What was written
+    UserError: The target exists, or cannot be written. What was written
       is removed.
   """
   target = checkpoint.absolute(target)
   if target.exists():
-    raise CheckpointError(f'{target} exists: remove it, or name another.')
+    raise UserError(f'{target} exists: remove it, or name another.')
   model: dict[str, Any] = {}
   for path, array in arrays.items():
     *groups, name = path.split('/')
@@ -140,7 +140,7 @@ def write_checkpoint(
       path.rmtree()
     if _is_of_the_disk(error):
       message = checkpoint.reason(error)
-      raise CheckpointError(f'{target} cannot be written: {message}') from error
+      raise UserError(f'{target} cannot be written: {message}') from error
     raise
 
 

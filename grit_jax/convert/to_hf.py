@@ -26,7 +26,7 @@ from tqdm import tqdm
 from grit_jax import config as configuration
 from grit_jax.checkpoint import MODEL, Checkpoint, find_checkpoint
 from grit_jax.config import Config, LoraConfig, ModelConfig
-from grit_jax.convert import ConvertError, hf_config, keys
+from grit_jax.convert import hf_config, keys
 from grit_jax.convert.chat_template import chat_template
 from grit_jax.convert.hf_folder import RUN_FILE
 from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
@@ -49,6 +49,7 @@ from grit_jax.data.tokenizer import (
   Tokenizer,
   make_tokenizer,
 )
+from grit_jax.errors import UserError
 from grit_jax.initial import AdaptedModel
 
 DTYPES = {
@@ -81,9 +82,9 @@ def to_hf(
     max_shard_bytes: Bytes of weights in a file, at most.
 
   Raises:
-    ConvertError: The target exists or cannot be written; the checkpoint's
+    UserError: The target exists or cannot be written; the checkpoint's
       weights are not those of its configuration, or not finite in `dtype`.
-    CheckpointError: The source is no checkpoint, or is damaged.
+    UserError: The source is no checkpoint, or is damaged.
     ConfigError: Its configuration is not one.
     TokenizerError: Its tokenizer cannot be written.
   """
@@ -126,12 +127,12 @@ def to_hf(
 def check_target(target: epath.PathLike) -> pathlib.Path:
   """Returns the path of a local folder that does not exist, or raises."""
   if '://' in str(target):
-    raise ConvertError(
+    raise UserError(
       f'{target} is not a local folder. Write to a disk, and copy from there.'
     )
   folder = pathlib.Path(os.path.abspath(target))
   if os.path.lexists(folder):
-    raise ConvertError(f'{folder} exists: remove it, or name another.')
+    raise UserError(f'{folder} exists: remove it, or name another.')
   return folder
 
 
@@ -140,7 +141,7 @@ def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Tokenizer:
     checkpoint.read_tokenizer(), f'{checkpoint.folder}/tokenizer'
   )
   if tokenizer.vocab_size > model.vocab_size:
-    raise ConvertError(
+    raise UserError(
       f'{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} ids, and '
       f'the model has vocab_size={model.vocab_size}.'
     )
@@ -173,7 +174,7 @@ def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
       f'their dtype is {dtypes[0]}, not one of {", ".join(STORED_DTYPES)}'
     )
   if problems:
-    raise ConvertError(
+    raise UserError(
       f'{checkpoint.folder}: the weights are not those of its configuration:'
       + ''.join(f'\n  {problem}' for problem in problems)
     )
@@ -194,7 +195,7 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
     os.rename(folder, target)
   except OSError as error:
-    raise ConvertError(
+    raise UserError(
       f'{target} cannot be written: {error.strerror or error}.'
     ) from error
   finally:
@@ -206,7 +207,7 @@ def _read_stored(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
     array = checkpoint.open_array(f'{MODEL}/{tensor.path}')
     return array[tensor.index].read().result()
   except ValueError as error:
-    raise ConvertError(f'{tensor.path} cannot be read: {error}') from error
+    raise UserError(f'{tensor.path} cannot be read: {error}') from error
 
 
 def _read_merged(merged: AdaptedModel, tensor: Tensor) -> np.ndarray:
@@ -282,7 +283,7 @@ def _transpose(columns: np.ndarray) -> np.ndarray:
 
 def _cast(part: np.ndarray, dtype: np.dtype, tensor: Tensor) -> np.ndarray:
   if not np.isfinite(part).all():
-    raise ConvertError(
+    raise UserError(
       f'{tensor.path} ({tensor.name}) holds values that are not finite.'
     )
   if part.dtype == dtype:
@@ -290,7 +291,7 @@ def _cast(part: np.ndarray, dtype: np.dtype, tensor: Tensor) -> np.ndarray:
   with np.errstate(over='ignore'):
     cast = part.astype(dtype)
   if not np.isfinite(cast).all():
-    raise ConvertError(
+    raise UserError(
       f'{tensor.path} ({tensor.name}) holds values beyond the range of '
       f'{dtype.name}. float32 holds all.'
     )

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from grit_jax.checkpoint import find_checkpoint
-from grit_jax.convert import ConvertError, keys
+from grit_jax.convert import keys
 from grit_jax.convert.keys import Tensor
 from grit_jax.convert.safetensors_writer import (
   StreamedTensor,
@@ -21,6 +21,7 @@ from grit_jax.convert.safetensors_writer import (
   write_safetensors,
 )
 from grit_jax.convert.to_hf import check_target, new_folder, to_bytes
+from grit_jax.errors import UserError
 from grit_jax.initial import AdaptedModel
 from grit_jax.models.lora import target_axes
 
@@ -43,15 +44,15 @@ def to_peft(
       the run had.
 
   Raises:
-    ConvertError: The target exists or cannot be written, or the source has no
+    UserError: The target exists or cannot be written, or the source has no
       adapters.
-    CheckpointError: The source is no checkpoint, or is damaged, or its base is
+    UserError: The source is no checkpoint, or is damaged, or its base is
       not the one that it was.
   """
   folder = check_target(target)
   checkpoint = find_checkpoint(source)
   if not checkpoint.has_base():
-    raise ConvertError(
+    raise UserError(
       f'{checkpoint.folder} has no adapters: its run trained all weights. '
       'Export it with to_hf.'
     )

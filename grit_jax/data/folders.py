@@ -7,9 +7,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-
-class PreparationError(RuntimeError):
-  """Data could not be prepared, for no fault of the data's."""
+from grit_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -18,7 +16,7 @@ def writing(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise PreparationError(
+    raise UserError(
       f'{folder}: cannot write: {error.strerror or error}. What is whole is '
       'kept: make room, and the same command goes on'
     ) from error

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from grit_jax.config import ConfigError
+from grit_jax.errors import ConfigError
 
 # What a random draw is for; part of its seed, so that draws are independent.
 _EPOCH, _CYCLE = range(2)

@@ -178,7 +178,7 @@ def write_part(
   Raises:
     RecordError: on_error is `stop`, and a record is faulty; the first one of
       the part.
-    PreparationError: the disk is full.
+    UserError: the disk is full.
   """
   partial = task.folder.with_name(task.folder.name + '.partial')
   with removed_afterwards(partial), writing(task.folder.parent.parent):

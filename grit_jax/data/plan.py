@@ -11,11 +11,12 @@ from typing import TypeVar
 import numpy as np
 from absl import logging
 
-from grit_jax.config import Config, ConfigError, DataConfig, parse_numbers
+from grit_jax.config import Config, DataConfig, parse_numbers
 from grit_jax.data import negatives
 from grit_jax.data.dataset import Dataset, EmbeddingDataset, GenerativeDataset
 from grit_jax.data.order import BatchOrder
 from grit_jax.data.packing import Packing, pack
+from grit_jax.errors import ConfigError
 
 # What a random draw is for; part of its seed, so that draws are independent.
 _EMBEDDING_ORDER, _GENERATIVE_ORDER, _PASSAGES = range(3)

@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from grit_jax import processes
-from grit_jax.config import Config, ConfigError
+from grit_jax.config import Config
 from grit_jax.data import records
 from grit_jax.data.dataset import (
   Dataset,
@@ -31,6 +31,7 @@ from grit_jax.data.sources import TRAIN, FileSource, Source
 from grit_jax.data.tokenization import is_settled, tokenize
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+from grit_jax.errors import ConfigError
 
 # What `sources` finds.
 Found = list[Source | PreparedSource]

@@ -6,98 +6,99 @@ not prepared; to prepare it apart saves the time on the machines that train.
 Started again with the same command, it goes on where it stopped.
 """
 
+import argparse
 import dataclasses
 import os
 import pathlib
-import sys
-from collections.abc import Sequence
 
-from absl import app, flags
 from etils import epath
 
-from grit_jax.config import (
-  Config,
-  ConfigError,
-  DataConfig,
-  EvaluationConfig,
-)
+from grit_jax import cli
+from grit_jax.config import Config, DataConfig, EvaluationConfig
 from grit_jax.data import summary
-from grit_jax.data.folders import PreparationError
 from grit_jax.data.preparation import make_settings
 from grit_jax.data.prepared import PreparedSource, write_prepared
-from grit_jax.data.records import RecordError
 from grit_jax.data.sources import Source, sources
 from grit_jax.data.tokenization import tokenize
-from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
-from grit_jax.logs import quiet_libraries
+from grit_jax.data.tokenizer import load_tokenizer
+from grit_jax.errors import ConfigError
 
-_SOURCE = flags.DEFINE_string(
-  'source', None, 'Files, folders and tfds:NAME, separated by commas.'
-)
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, 'A sentencepiece model, a tokenizer.json, or a folder.'
-)
-_TARGET = flags.DEFINE_string('target', None, 'The folder to write.')
 
-# The defaults are those of the configuration.
-_DATA = [
-  flags.DEFINE_integer(name, getattr(DataConfig, name), help_text)
-  for name, help_text in (
-    ('max_query_tokens', 'Tokens of a query; more are cut.'),
-    ('max_passage_tokens', 'Tokens of a passage; more are cut.'),
-    ('max_generative_tokens', 'Tokens of a conversation; more are cut.'),
-    ('num_passages', 'A query: one positive, the others its negatives.'),
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the flags; the defaults are the configuration's."""
+  parser = cli.Parser(
+    prog='python -m grit_jax.data.prepare',
+    description='Validates and tokenizes data for training.',
   )
-] + [
-  flags.DEFINE_enum(
-    'on_error', DataConfig.on_error, ['stop', 'skip'], 'For faulty records.'
-  ),
-  flags.DEFINE_float(
-    'max_skipped_fraction',
-    DataConfig.max_skipped_fraction,
-    'The share of records of a data set that may be skipped.',
-  ),
-]
-_HELD_OUT_FRACTION = flags.DEFINE_float(
-  'held_out_fraction',
-  EvaluationConfig.held_out_fraction,
-  "The share of a file's records that is held out.",
-)
+  for name, help_text in (
+    ('source', 'files, folders and tfds:NAME, separated by commas'),
+    ('tokenizer', 'a sentencepiece model, a tokenizer.json, or a folder'),
+    ('target', 'the folder to write'),
+  ):
+    parser.add_argument(f'--{name}', required=True, help=help_text)
+  for name, help_text in (
+    ('max_query_tokens', 'tokens of a query; more are cut'),
+    ('max_passage_tokens', 'tokens of a passage; more are cut'),
+    ('max_generative_tokens', 'tokens of a conversation; more are cut'),
+    ('num_passages', 'a query: one positive, the others its negatives'),
+  ):
+    parser.add_argument(
+      f'--{name}',
+      type=int,
+      default=getattr(DataConfig, name),
+      help=f'{help_text} (default: %(default)s)',
+    )
+  parser.add_argument(
+    '--on_error',
+    choices=('stop', 'skip'),
+    default=DataConfig.on_error,
+    help='for faulty records (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--max_skipped_fraction',
+    type=float,
+    default=DataConfig.max_skipped_fraction,
+    help='the share of records of a data set that may be skipped '
+    '(default: %(default)s)',
+  )
+  parser.add_argument(
+    '--held_out_fraction',
+    type=float,
+    default=EvaluationConfig.held_out_fraction,
+    help="the share of a file's records that is held out "
+    '(default: %(default)s)',
+  )
+  return parser
 
-# What ends in one message instead of a traceback: the user can mend these.
-_USER_ERRORS = (
-  ConfigError,
-  FileNotFoundError,
-  PreparationError,
-  RecordError,
-  TokenizerError,
-)
 
+def make_config(flags: argparse.Namespace) -> Config:
+  """Returns the configuration that the flags are part of.
 
-def main(argv: Sequence[str]) -> None:
-  """Prepares as the flags say; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  values = {flag.name: flag.value for flag in _DATA}
-  longest = max(n for name, n in values.items() if name.endswith('_tokens'))
+  Raises:
+    ConfigError: a value cannot be.
+  """
+  longest = max(
+    flags.max_query_tokens,
+    flags.max_passage_tokens,
+    flags.max_generative_tokens,
+  )
   config = Config(
     data=DataConfig(
-      paths=_SOURCE.value,
-      tokenizer=_TOKENIZER.value,
+      paths=flags.source,
+      tokenizer=flags.tokenizer,
       row_length=max(longest, 1),
-      **values,
+      max_query_tokens=flags.max_query_tokens,
+      max_passage_tokens=flags.max_passage_tokens,
+      max_generative_tokens=flags.max_generative_tokens,
+      num_passages=flags.num_passages,
+      on_error=flags.on_error,
+      max_skipped_fraction=flags.max_skipped_fraction,
     ),
-    evaluation=EvaluationConfig(held_out_fraction=_HELD_OUT_FRACTION.value),
+    evaluation=EvaluationConfig(held_out_fraction=flags.held_out_fraction),
   )
-  try:
-    config.data.validate()
-    config.evaluation.validate()
-    prepare(config, _TARGET.value)
-  except _USER_ERRORS as error:
-    sys.exit(f'grit_jax: error: {error}')
-  except KeyboardInterrupt:
-    sys.exit('grit_jax: stopped; the same command goes on from what is whole')
+  config.data.validate()
+  config.evaluation.validate()
+  return config
 
 
 def prepare(config: Config, target: str) -> None:
@@ -108,7 +109,7 @@ def prepare(config: Config, target: str) -> None:
     target: the folder to write, on a local or mounted disk.
 
   Raises:
-    One of the errors that the command turns into a message.
+    UserError: the data, the tokenizer or the target cannot be used.
   """
   directory = pathlib.Path(target)
   for entry in config.data.paths.split(','):
@@ -132,5 +133,8 @@ def prepare(config: Config, target: str) -> None:
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['source', 'tokenizer', 'target'])
-  app.run(main)
+  cli.run(
+    make_parser(),
+    lambda flags: prepare(make_config(flags), flags.target),
+    stopped='stopped; the same command resumes after what is whole',
+  )

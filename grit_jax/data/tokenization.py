@@ -20,7 +20,7 @@ from absl import logging
 
 from grit_jax.data import merging, parts, records
 from grit_jax.data.examples import FORMAT_VERSION
-from grit_jax.data.folders import PreparationError, lock, publish, writing
+from grit_jax.data.folders import lock, publish, writing
 from grit_jax.data.parts import SPLITS, PartTask, Settings
 from grit_jax.data.records import RecordError
 from grit_jax.data.reports import (
@@ -32,6 +32,7 @@ from grit_jax.data.reports import (
 from grit_jax.data.sources import Source
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.workers import count_cores, write_parts
+from grit_jax.errors import UserError
 
 # A file that changed less than this long before it was read may have changed
 # again since, at what its file system takes for the same time.
@@ -66,10 +67,10 @@ def tokenize(
     RecordError: A record is faulty, and `settings.on_error` is `stop`, the
       message beginning with its place; or too many are; or a file is not
       whole, or changes meanwhile.
-    PreparationError: The disk is full, or is no disk, or a worker was killed.
+    UserError: The disk is full, or is no disk, or a worker was killed.
   """
   if '://' in os.fspath(directory):
-    raise PreparationError(
+    raise UserError(
       f'{directory}: tokenized data sets need a folder on a local or mounted '
       'disk'
     )

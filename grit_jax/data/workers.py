@@ -13,9 +13,9 @@ import threading
 import types
 from collections.abc import Generator, Iterable, Iterator
 
-from grit_jax.data.folders import PreparationError
 from grit_jax.data.parts import PART_BYTES, PartTask, Settings, write_part
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.errors import UserError
 
 # Of a worker: what all parts have in common.
 _common: tuple[Tokenizer, Settings]
@@ -49,7 +49,7 @@ def write_parts(
 
   Raises:
     RecordError: of `write_part`, for the first part that raises one.
-    PreparationError: the disk is full, or a worker was killed.
+    UserError: the disk is full, or a worker was killed.
   """
   tasks = iter(tasks)
   held, size = [], 0
@@ -70,7 +70,7 @@ def write_parts(
   try:
     yield from _write_with_workers(tasks, tokenizer, settings, workers)
   except concurrent.futures.process.BrokenProcessPool as error:
-    raise PreparationError(
+    raise UserError(
       'a process that tokenizes was killed, perhaps for want of memory. What '
       'is whole is kept: the same command goes on'
     ) from error

@@ -2,44 +2,16 @@
 
 import argparse
 import pathlib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from absl import app, logging
-from absl.flags import argparse_flags
-
-from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError
-from grit_jax.convert import ConvertError
-from grit_jax.data.formats import FormatError
-from grit_jax.data.tokenizer import TokenizerError
-from grit_jax.evaluate.mistakes import (
-  UnfitTaskError,
-  UnknownTaskError,
-  UnsafeTaskError,
-)
+from grit_jax import cli
+from grit_jax.errors import UserError
 from grit_jax.inference import arguments
-from grit_jax.logs import quiet_libraries
-from grit_jax.sharding import MeshError
-
-USER_ERRORS = (
-  CheckpointError,
-  ConfigError,
-  ConvertError,
-  FormatError,
-  MeshError,
-  TokenizerError,
-  UnfitTaskError,
-  UnknownTaskError,
-  UnsafeTaskError,
-)
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the command and its flags."""
-  # `resolve`: a module of the same process may define flags of such names.
-  parser = argparse_flags.ArgumentParser(
-    conflict_handler='resolve',
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command and its flags."""
+  parser = cli.Parser(
     prog='python -m grit_jax.evaluate',
     description='Evaluates models with the runners of the field.',
   )
@@ -48,9 +20,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     ('mteb', 'embeddings', _add_mteb),
     ('lm', 'generation', _add_lm),
   ):
-    command = commands.add_parser(
-      name, conflict_handler='resolve', help=help_text
-    )
+    command = commands.add_parser(name, help=help_text)
     arguments.add_model(command)
     command.add_argument(
       '--output',
@@ -58,7 +28,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
       help='for results (default: %(default)s)',
     )
     add(command)
-  return parser.parse_args(argv[1:])
+  return parser
 
 
 def _add_mteb(command: argparse.ArgumentParser) -> None:
@@ -115,7 +85,7 @@ def evaluate_mteb(flags: argparse.Namespace) -> None:
   try:
     from grit_jax.evaluate import mteb_encoder
   except ModuleNotFoundError as error:
-    sys.exit(_missing(error, 'mteb'))
+    raise _missing(error, 'mteb') from error
   languages = flags.languages.split(',') if flags.languages else None
   tasks = mteb_encoder.find_tasks(flags.tasks, languages)
   encoder = mteb_encoder.Encoder(
@@ -146,7 +116,7 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
     from grit_jax.evaluate.fingerprint import fingerprint
     from grit_jax.evaluate.lm_eval_model import LanguageModel
   except ModuleNotFoundError as error:
-    sys.exit(_missing(error, 'lm'))
+    raise _missing(error, 'lm') from error
   names = flags.tasks.split(',')
   manager = TaskManager(include_path=flags.task_folder)
   generative_tasks.check_names(manager, names, flags.run_unsafe_code)
@@ -171,32 +141,33 @@ def _name(path: str) -> str:
   return path.rstrip('/').rpartition('/')[2]
 
 
-def _missing(error: ModuleNotFoundError, extra: str) -> str:
-  return (
-    f'grit_jax: error: {error.name} is not installed; it comes with '
+def _missing(error: ModuleNotFoundError, extra: str) -> UserError:
+  return UserError(
+    f'{error.name} is not installed; it comes with '
     f"`pip install 'grit_jax[{extra}]'`."
   )
 
 
-def main(flags: argparse.Namespace) -> None:
-  """Evaluates as the flags say; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  logging.set_verbosity(logging.INFO)
+def evaluate(flags: argparse.Namespace) -> None:
+  """Evaluates as the flags say.
+
+  Raises:
+    UserError: what the flags name cannot be, or the network is missing.
+  """
   try:
     (evaluate_mteb if flags.command == 'mteb' else evaluate_lm)(flags)
-  except USER_ERRORS as error:
-    sys.exit(f'grit_jax: error: {error}')
   except ConnectionError as error:
-    sys.exit(
-      f'grit_jax: error: {error}. The data of a task is downloaded at first '
-      'use; where there is no network, copy the cache of a machine that has '
-      'one, the folder that HF_HOME names.'
-    )
-  except KeyboardInterrupt:
-    sys.exit(
-      'grit_jax: stopped; the same command goes on with what is not done.'
-    )
+    raise UserError(
+      f'{error}. The data of a task is downloaded at first use; where there is '
+      'no network, copy the cache of a machine that has one, the folder that '
+      'HF_HOME names.'
+    ) from error
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(
+    make_parser(),
+    evaluate,
+    stopped='stopped; the same command resumes with what is not done',
+    less_memory='--batch_size, --max_length and --quantization',
+  )

@@ -21,8 +21,8 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from grit_jax.errors import UserError
 from grit_jax.evaluate.lm_eval_model import LanguageModel
-from grit_jax.evaluate.mistakes import UnknownTaskError, UnsafeTaskError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +75,14 @@ def check_names(
     run_unsafe_code: Whether the user allows to run what the model writes.
 
   Raises:
-    UnknownTaskError: There is no such task.
-    UnsafeTaskError: It runs code, which is not allowed.
+    UserError: There is no such task.
+    UserError: It runs code, which is not allowed.
   """
   for name in names:
     if name in PAPER:
       _check_code(name, PAPER[name].unsafe, run_unsafe_code)
     elif name not in manager.all_tasks:
-      raise UnknownTaskError(
+      raise UserError(
         f'lm-eval {lm_eval.__version__} has no task {name!r}, nor has the '
         f'paper, which has {", ".join(PAPER)}. See `lm-eval ls tasks`; tasks '
         'of your own are YAML files in --task_folder.'
@@ -91,7 +91,7 @@ def check_names(
 
 def _check_code(name: str, unsafe: bool, allowed: bool) -> None:
   if unsafe and not allowed:
-    raise UnsafeTaskError(
+    raise UserError(
       f'{name} runs the code that the model writes on this machine; allow that '
       'with --run_unsafe_code, better in a container.'
     )

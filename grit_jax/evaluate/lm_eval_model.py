@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from grit_jax.data.formats import format_chat_prompt
-from grit_jax.evaluate.mistakes import UnfitTaskError
+from grit_jax.errors import UserError
 from grit_jax.inference.generation import Prompt
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.sampling import Sampling
@@ -39,13 +39,13 @@ class LanguageModel(TemplateLM):
       batch_size: Contexts that are generated from at one time.
 
     Raises:
-      UnfitTaskError: The model has fewer positions than `max_length`.
+      UserError: The model has fewer positions than `max_length`.
     """
     super().__init__()
     self.model, self.batch_size = model, batch_size
     positions = model.config.model.max_positions
     if max_length > positions:
-      raise UnfitTaskError(
+      raise UserError(
         f'max_length={max_length} is more than the {positions} positions of '
         'the model.'
       )
@@ -122,7 +122,7 @@ class LanguageModel(TemplateLM):
     candidates, cut = [], 0
     for texts, context, continuation in requests:
       if not 0 < len(continuation) <= self.max_length:
-        raise UnfitTaskError(
+        raise UserError(
           f'The continuation of {texts} has {len(continuation)} tokens, not 1 '
           f'to max_length={self.max_length}.'
         )
@@ -179,7 +179,7 @@ class LanguageModel(TemplateLM):
       sampling = make_sampling(arguments, self.max_gen_toks, seed)
       room = self.max_length - sampling.max_new_tokens
       if room < 1:
-        raise UnfitTaskError(
+        raise UserError(
           f'max_gen_toks={sampling.max_new_tokens} leaves no room for a '
           f'context in max_length={self.max_length}.'
         )
@@ -218,7 +218,7 @@ def make_sampling(
     seed: Of the draw.
 
   Raises:
-    UnfitTaskError: It asks for what there is not, such as beams.
+    UserError: It asks for what there is not, such as beams.
   """
   named = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
   until = named.pop('until', None) or []
@@ -235,7 +235,7 @@ def make_sampling(
     ),
   )
   if named:
-    raise UnfitTaskError(
+    raise UserError(
       f'generation_kwargs has {sorted(named)}, which there is not here.'
     )
   sampling.validate()

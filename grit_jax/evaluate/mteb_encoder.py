@@ -16,9 +16,9 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
+from grit_jax.errors import UserError
 from grit_jax.evaluate.fingerprint import fingerprint
 from grit_jax.evaluate.instructions import INSTRUCTIONS
-from grit_jax.evaluate.mistakes import UnknownTaskError
 from grit_jax.inference.gritlm import GritLM
 
 
@@ -101,7 +101,7 @@ def find_tasks(
       `eng`; None: all. A benchmark has its own.
 
   Raises:
-    UnknownTaskError: mteb has no such task or benchmark.
+    UserError: mteb has no such task or benchmark.
   """
   benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
   tasks: dict[str, AbsTask] = {}
@@ -113,7 +113,7 @@ def find_tasks(
       else:
         found = [mteb.get_task(name, languages=languages)]
     except KeyError as error:
-      raise UnknownTaskError(
+      raise UserError(
         f'mteb {mteb.__version__} has no task or benchmark {name!r}: '
         f'{error.args[0]} See `mteb available-tasks`.'
       ) from error

@@ -2,16 +2,10 @@
 
 import argparse
 
-from grit_jax.config import ConfigError, MeshConfig
+from grit_jax.config import MeshConfig
+from grit_jax.errors import ConfigError
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.models.quantization import KINDS
-
-
-def parse_positive(text: str) -> int:
-  """Returns a number that is 1 or more."""
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
-  return int(text)
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -64,7 +58,7 @@ def load(flags: argparse.Namespace) -> GritLM:
   """Loads the model that the flags of `add_model` name.
 
   Raises:
-    CheckpointError, ConvertError, ConfigError, MeshError: As `GritLM.load`.
+    UserError: As `GritLM.load`.
   """
   return GritLM.load(
     flags.model,

@@ -14,15 +14,13 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from grit_jax.errors import UserError
+
 # How a file names its dtype: NumPy's format has no bfloat16.
 _STORED: dict[str, np.dtype] = {
   'bfloat16': np.dtype(np.uint16),
   'float32': np.dtype(np.float32),
 }
-
-
-class CacheError(ValueError):
-  """A KV cache that cannot be used; the message says which."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,12 +76,12 @@ class KVCache:
     """Maps the file of a cache into memory.
 
     Raises:
-      CacheError: It is missing, or no cache.
+      UserError: It is missing, or no cache.
     """
     try:
       whole = np.load(path, mmap_mode='r')
     except (OSError, ValueError) as error:
-      raise CacheError(
+      raise UserError(
         f'{path} is not the file of a KV cache: {error}'
       ) from error
     if (
@@ -91,7 +89,7 @@ class KVCache:
       or whole.shape[0] != 2
       or whole.dtype not in (*_STORED.values(),)
     ):
-      raise CacheError(
+      raise UserError(
         f'{path} has an array of {whole.dtype}{list(whole.shape)}, not keys '
         'and values [2, L, K, S, H].'
       )

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from grit_jax.data import folders, records
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
+from grit_jax.errors import UserError
 from grit_jax.inference.index import INDEX, Index
-from grit_jax.inference.shards import Document, SearchIndexError, hash_id
+from grit_jax.inference.shards import Document, hash_id
 
 # Where a corpus and a model lie: it may change while they do not.
 _PLACES = ('input', 'model')
@@ -165,14 +166,12 @@ class CorpusWriter:
       shard_documents: Number of documents of a shard.
 
     Raises:
-      PreparationError: The folder cannot be written.
+      UserError: The folder cannot be written.
       RecordError: The corpus is not what it must be.
-      SearchIndexError: The folder was begun with something else.
+      UserError: The folder was begun with something else.
     """
     if '://' in os.fspath(folder) or os.path.isfile(folder):
-      raise SearchIndexError(
-        f'{folder}: not a folder of a local or mounted disk'
-      )
+      raise UserError(f'{folder}: not a folder of a local or mounted disk')
     self._source, self._folder = source, pathlib.Path(folder)
     self._dtype, self._shard_documents = dtype, shard_documents
     self._settings = {
@@ -196,8 +195,8 @@ class CorpusWriter:
       embed: Embeds documents, in order: float32 [N, D], of length 1 or 0.
 
     Raises:
-      PreparationError: The disk is full.
-      SearchIndexError: An embedding is not what it must be.
+      UserError: The disk is full.
+      UserError: An embedding is not what it must be.
     """
     progress = tqdm(
       total=self.total,
@@ -228,7 +227,7 @@ def _open_begun(
   """Opens what was begun, if it was begun with the same; None if nothing was.
 
   Raises:
-    SearchIndexError: It was begun with something else.
+    UserError: It was begun with something else.
   """
   if not (folder / INDEX).exists():
     with folders.writing(folder):
@@ -248,7 +247,7 @@ def _open_begun(
       )
     else:
       change = f'{name}={found!r}, not {value!r}'
-    raise SearchIndexError(
+    raise UserError(
       f'{folder}: was begun with {change}. Ask for the same, or for another '
       'folder'
     )
@@ -260,7 +259,7 @@ def _check_last(index: Index, source: FileSource, done: int) -> None:
   (last,) = index.documents([done - 1])
   where, expected = next(read_documents(source, done - 1))
   if last != expected:
-    raise SearchIndexError(
+    raise UserError(
       f'{index.folder}: document {done - 1} is {last["id"]!r}, not that of '
       f'{where}: it was extended with others before it was whole'
     )

@@ -16,13 +16,13 @@ from grit_jax.config import (
   ATTENTION_MODES,
   POOLINGS,
   Config,
-  ConfigError,
   EvaluationConfig,
   MeshConfig,
   ModelConfig,
 )
 from grit_jax.data import formats
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.errors import ConfigError
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.encoding import Encoder, Options, Request
 from grit_jax.inference.generation import Completion, Prompt, generate
@@ -109,9 +109,9 @@ class GritLM:
       pooling: As `mean`; empty: the model's own, and `mean` for such a folder.
 
     Raises:
-      CheckpointError, ConvertError: There is no such model, or it is damaged.
+      UserError: There is no such model, or it is damaged.
       ConfigError: An argument is not one of its choices.
-      MeshError: The model does not divide over the mesh.
+      UserError: The model does not divide over the mesh.
     """
     initial = open_initial(path)
     chosen = _choose_model(

@@ -20,14 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.data import folders
+from grit_jax.errors import UserError
 from grit_jax.inference import search
-from grit_jax.inference.shards import (
-  DTYPES,
-  Document,
-  SearchIndexError,
-  Shard,
-  hash_id,
-)
+from grit_jax.inference.shards import DTYPES, Document, Shard, hash_id
 
 INDEX = 'index.json'
 VERSION = 1
@@ -91,17 +86,17 @@ class Index:
       unit_norm: See the class. Embeddings are held to it.
 
     Raises:
-      SearchIndexError: There is an index, or such a one cannot be.
+      UserError: There is an index, or such a one cannot be.
     """
     folder = pathlib.Path(folder)
     if (folder / INDEX).exists():
-      raise SearchIndexError(f'{folder}: there is an index already')
+      raise UserError(f'{folder}: there is an index already')
     if dtype not in DTYPES:
-      raise SearchIndexError(
+      raise UserError(
         f'{folder}: dtype={dtype!r}, expected one of {", ".join(DTYPES)}'
       )
     if dimension < 1:
-      raise SearchIndexError(f'{folder}: dimension={dimension} is not positive')
+      raise UserError(f'{folder}: dimension={dimension} is not positive')
     fields = {
       'version': VERSION,
       'dimension': dimension,
@@ -120,7 +115,7 @@ class Index:
     """Opens an index; of its shards nothing is read yet.
 
     Raises:
-      SearchIndexError: There is none, or one of another version.
+      UserError: There is none, or one of another version.
     """
     folder = pathlib.Path(folder)
     path = folder / INDEX
@@ -128,13 +123,11 @@ class Index:
       content = path.read_text()
       version = json.loads(content)['version']
     except (FileNotFoundError, NotADirectoryError) as error:
-      raise SearchIndexError(
-        f'{folder}: there is no index, no {INDEX}'
-      ) from error
+      raise UserError(f'{folder}: there is no index, no {INDEX}') from error
     except (ValueError, KeyError, TypeError) as error:
-      raise SearchIndexError(f'{path}: not the file of an index') from error
+      raise UserError(f'{path}: not the file of an index') from error
     if version != VERSION:
-      raise SearchIndexError(
+      raise UserError(
         f'{path}: found version {version}, expected {VERSION}; make the index '
         'again'
       )
@@ -163,7 +156,7 @@ class Index:
     if k < 1:
       raise ValueError(f'k is {k}; it must be 1 or more')
     if not len(self):
-      raise SearchIndexError(f'{self.folder}: there are no documents in it')
+      raise UserError(f'{self.folder}: there are no documents in it')
     queries = np.asarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != self.dimension:
       raise ValueError(
@@ -217,21 +210,21 @@ class Index:
         `text`, both strings, and what else JSON holds.
 
     Raises:
-      SearchIndexError: The message names the file and the row, or the line,
+      UserError: The message names the file and the row, or the line,
         that would be wrong.
-      PreparationError: The disk is full.
+      UserError: The disk is full.
     """
     embeddings = np.asarray(embeddings)
     expected = (len(documents), self.dimension)
     if not len(documents) or embeddings.shape != expected:
-      raise SearchIndexError(
+      raise UserError(
         f'{self.folder}: embeddings of the shape {embeddings.shape} for '
         f'{len(documents)} documents, expected [documents, {self.dimension}] '
         'and one document or more'
       )
     with folders.lock(self.folder, wait=False) as held:
       if not held or (self.folder / INDEX).read_text() != self._content:
-        raise SearchIndexError(
+        raise UserError(
           f'{self.folder}: another process extends it, or has done so since it '
           'was opened here; open it again'
         )
@@ -249,7 +242,7 @@ class Index:
     """Reads all of it, and compares it with what is stated of it.
 
     Raises:
-      SearchIndexError: The first difference; the message names the file and,
+      UserError: The first difference; the message names the file and,
         where there is one, the row or the line, both from 1.
     """
     for shard in self._shards:
@@ -263,7 +256,7 @@ class Index:
     numbers = np.asarray(numbers, np.int64)
     wrong = numbers[(numbers < 0) | (numbers >= len(self))]
     if wrong.size:
-      raise SearchIndexError(
+      raise UserError(
         f'{self.folder}: there is no document {wrong[0]}, of {len(self)}'
       )
     return numbers
@@ -273,7 +266,7 @@ class Index:
     lines: dict[str, int] = {}
     for line, name in enumerate(ids, 1):
       if lines.setdefault(name, line) != line:
-        raise SearchIndexError(
+        raise UserError(
           f'{path}:{line}: the id {name!r} is also that of line {lines[name]}'
         )
     hashes = np.array([hash_id(name) for name in ids], np.uint64)
@@ -283,7 +276,7 @@ class Index:
       for i in np.flatnonzero(shard.sorted_ids[places] == hashes):
         for row in shard.rows_of(hashes[i]):
           if shard.read_document(row)['id'] == ids[i]:
-            raise SearchIndexError(
+            raise UserError(
               f'{path}:{i + 1}: the id {ids[i]!r} is also that of document '
               f'{start + row}, {shard.documents_path}:{row + 1}'
             )

@@ -20,6 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from grit_jax.errors import UserError
+
 # What embeddings may be stored in.
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -33,10 +35,6 @@ _OFFSETS = np.dtype([('end', '<i8'), ('id', '<u8')])
 _CHECK_ROWS = 4096
 
 Document = dict[str, Any]
-
-
-class SearchIndexError(ValueError):
-  """An index that is not what it must be, or what cannot be added to it."""
 
 
 class Shard:
@@ -92,10 +90,10 @@ class Shard:
     try:
       found = np.load(path, mmap_mode='r')
     except (OSError, ValueError, EOFError) as error:
-      raise SearchIndexError(f'{path}: cannot be read: {error}') from error
+      raise UserError(f'{path}: cannot be read: {error}') from error
     expected = (self._stated['rows'], *axes)
     if found.shape != expected or found.dtype != dtype:
-      raise SearchIndexError(
+      raise UserError(
         f'{path}: found {found.dtype} {list(found.shape)}, expected {dtype} '
         f'{list(expected)}'
       )
@@ -119,7 +117,7 @@ class Shard:
         file.seek(start)
         return json.loads(file.read(int(ends[row]) - start))
     except (OSError, ValueError) as error:
-      raise SearchIndexError(
+      raise UserError(
         f'{self.documents_path}:{row + 1}: cannot be read: {error}'
       ) from error
 
@@ -127,7 +125,7 @@ class Shard:
     """Returns the lines that documents are here.
 
     Raises:
-      SearchIndexError: One is no document; the message names its line.
+      UserError: One is no document; the message names its line.
     """
     return [
       _to_line(document, f'{self.documents_path}:{number}')
@@ -148,7 +146,7 @@ class Shard:
       What is to be stated of the shard.
 
     Raises:
-      SearchIndexError: An embedding is wrong; the message names its row.
+      UserError: An embedding is wrong; the message names its row.
     """
     with np.errstate(over='ignore'):  # It is found as not finite.
       embeddings = embeddings.astype(self._dtype)
@@ -178,7 +176,7 @@ class Shard:
     """Reads the files and compares them with what is stated of them.
 
     Raises:
-      SearchIndexError: The first difference; the message names the file and,
+      UserError: The first difference; the message names the file and,
         where there is one, the row or the line, both from 1.
     """
     largest = 0.0
@@ -189,12 +187,12 @@ class Shard:
     for name, digest in self._stated['sha256'].items():
       path = self.documents_path.with_name(name)
       if _hash_file(path) != digest:
-        raise SearchIndexError(
+        raise UserError(
           f'{path}: its SHA-256 is not what is stated: the file was changed, '
           'or is damaged'
         )
     if largest > self._stated['largest_norm'] * _NORM_SLACK:
-      raise SearchIndexError(
+      raise UserError(
         f'{self.embeddings_path}: an embedding has the length {largest:g}, '
         f'more than largest_norm={self._stated["largest_norm"]:g}'
       )
@@ -209,7 +207,7 @@ class Shard:
     for wrong, fault in faults:
       if wrong.any():
         row = int(np.argmax(wrong))
-        raise SearchIndexError(
+        raise UserError(
           f'{self.embeddings_path}: row {start + row + 1}: the embedding '
           f'{fault}: its length is {norms[row]:g} in {self._dtype}'
         )
@@ -225,18 +223,16 @@ class Shard:
       try:
         document = json.loads(line)
       except ValueError as error:
-        raise SearchIndexError(f'{path}:{count}: not JSON: {error}') from error
+        raise UserError(f'{path}:{count}: not JSON: {error}') from error
       _to_line(document, f'{path}:{count}')
       found = (end, hash_id(document['id']))
       if count <= len(expected) and expected[count - 1].item() != found:
-        raise SearchIndexError(
+        raise UserError(
           f'{path}:{count}: its end or its id is not that of row {count} of '
           f'{self.offsets_path}'
         )
     if count != len(expected):
-      raise SearchIndexError(
-        f'{path}: found {count} lines, expected {len(expected)}'
-      )
+      raise UserError(f'{path}: found {count} lines, expected {len(expected)}')
 
 
 def hash_id(name: str) -> int:
@@ -249,20 +245,20 @@ def _to_line(document: Document, where: str) -> bytes:
   """Returns a document as its line.
 
   Raises:
-    SearchIndexError: It is no document; the message begins with `where`.
+    UserError: It is no document; the message begins with `where`.
   """
   if not isinstance(document, dict):
-    raise SearchIndexError(f'{where}: a document must be a dict')
+    raise UserError(f'{where}: a document must be a dict')
   for name in 'id', 'text':
     if not isinstance(document.get(name), str):
-      raise SearchIndexError(
+      raise UserError(
         f'{where}: "{name}" is {document.get(name)!r}, expected a string'
       )
   try:
     line = json.dumps(document, ensure_ascii=False, allow_nan=False)
     return f'{line}\n'.encode()
   except (TypeError, ValueError) as error:
-    raise SearchIndexError(f'{where}: not JSON in UTF-8: {error}') from error
+    raise UserError(f'{where}: not JSON in UTF-8: {error}') from error
 
 
 def _read_lines(path: pathlib.Path) -> Iterator[bytes]:
@@ -270,7 +266,7 @@ def _read_lines(path: pathlib.Path) -> Iterator[bytes]:
     with path.open('rb') as file:
       yield from file
   except OSError as error:
-    raise SearchIndexError(f'{path}: cannot be read: {error}') from error
+    raise UserError(f'{path}: cannot be read: {error}') from error
 
 
 def _hash_file(path: pathlib.Path) -> str:
@@ -278,4 +274,4 @@ def _hash_file(path: pathlib.Path) -> str:
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
-    raise SearchIndexError(f'{path}: cannot be read: {error}') from error
+    raise UserError(f'{path}: cannot be read: {error}') from error

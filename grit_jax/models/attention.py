@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.batch import Rows
-from grit_jax.config import ConfigError, RotaryScalingConfig
+from grit_jax.config import RotaryScalingConfig
+from grit_jax.errors import ConfigError
 from grit_jax.models import blockwise, splash
 from grit_jax.sharding import platform
 

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from grit_jax.errors import UserError
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.projections import find_part, projection_axes
-from grit_jax.sharding import MeshError, count_shards, weight_spec
+from grit_jax.sharding import count_shards, weight_spec
 
 KINDS = ('int8', 'nf4')
 
@@ -93,7 +94,7 @@ def quantize(model: Decoder, kind: str) -> Decoder:
     kind: One of `KINDS`.
 
   Raises:
-    MeshError: A projection's blocks or bytes do not divide over the mesh.
+    UserError: A projection's blocks or bytes do not divide over the mesh.
   """
   return put_weights(
     model,
@@ -127,7 +128,7 @@ def quantize_weight(
     kind: One of `KINDS`.
 
   Raises:
-    MeshError: The blocks or the bytes do not divide over the mesh.
+    UserError: The blocks or the bytes do not divide over the mesh.
   """
   if kind not in KINDS:
     raise ValueError(f'{kind!r} is not one of {", ".join(KINDS)}.')
@@ -161,7 +162,7 @@ def _check_divides(inputs: int, logical: tuple[str, ...]) -> None:
   ):
     shards = count_shards(mesh, axes)
     if inputs % 2 or size % shards:
-      raise MeshError(
+      raise UserError(
         f'A weight of {inputs} inputs on the axes {logical} has {size} {what} '
         f'in nf4, which do not divide over the {shards} devices of the mesh '
         f'axes {axes}. int8 has no blocks.'

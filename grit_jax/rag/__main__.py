@@ -3,19 +3,19 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from absl import app, logging
-from absl.flags import argparse_flags
+from absl import logging
 
-from grit_jax.encode import USER_ERRORS, fingerprint
+from grit_jax import cli
+from grit_jax.encode import fingerprint
+from grit_jax.errors import UserError
 from grit_jax.inference import arguments
-from grit_jax.inference.cache import CacheError, KVCache
+from grit_jax.inference.cache import KVCache
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
 from grit_jax.inference.sampling import Sampling
-from grit_jax.inference.shards import DTYPES, SearchIndexError
-from grit_jax.logs import quiet_libraries
+from grit_jax.inference.shards import DTYPES
 from grit_jax.rag.answering import Answer, Answerer, encode_documents
 from grit_jax.rag.caches import DiskCaches, HostCaches
 from grit_jax.rag.indexing import format_size, write_index
@@ -28,11 +28,9 @@ SHOWN = 100
 GIGABYTE = 10**9
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the command and its flags."""
-  # `resolve`: a module of the same process may define flags of such names.
-  parser = argparse_flags.ArgumentParser(
-    conflict_handler='resolve',
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command and its flags."""
+  parser = cli.Parser(
     prog='python -m grit_jax.rag',
     description='Answers from documents.',
   )
@@ -40,7 +38,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   _add_index(commands)
   _add_ask(commands)
   _add_benchmark(commands)
-  return parser.parse_args(argv[1:])
+  return parser
 
 
 def _add_number(
@@ -48,7 +46,7 @@ def _add_number(
 ) -> None:
   command.add_argument(
     f'--{name}',
-    type=arguments.parse_positive,
+    type=cli.parse_positive,
     default=default,
     help=f'{help_text} (default: {default})',
   )
@@ -57,7 +55,6 @@ def _add_number(
 def _add_index(commands: argparse._SubParsersAction) -> None:
   command = commands.add_parser(
     'index',
-    conflict_handler='resolve',
     help='documents into an index; goes on after a kill',
   )
   command.add_argument(
@@ -96,9 +93,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_ask(commands: argparse._SubParsersAction) -> None:
-  command = commands.add_parser(
-    'ask', conflict_handler='resolve', help='answers questions over an index'
-  )
+  command = commands.add_parser('ask', help='answers questions over an index')
   command.add_argument(
     'questions', nargs='*', help='none: one a line of the standard input'
   )
@@ -138,7 +133,6 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
   command = commands.add_parser(
     'benchmark',
-    conflict_handler='resolve',
     help="the paper's latencies, side by side with PyTorch's",
   )
   command.add_argument('--output', required=True, help='a file for JSON')
@@ -167,7 +161,7 @@ def choose_mode(name: str, caches: str) -> Mode:
     caches: The mode that the index has caches for; empty: it has none.
 
   Raises:
-    SearchIndexError: The index's caches are for another mode.
+    UserError: The index's caches are for another mode.
   """
   if name == AUTO:
     return Mode(caches or Mode.DOCUMENT_FIRST.value)
@@ -175,9 +169,7 @@ def choose_mode(name: str, caches: str) -> Mode:
   behind = mode is Mode.QUERY_DOC
   if mode.caches_document and caches:
     if behind != (caches == Mode.QUERY_DOC.value):
-      raise SearchIndexError(
-        f"the index's caches are for {caches}, not for {name}"
-      )
+      raise UserError(f"the index's caches are for {caches}, not for {name}")
   return mode
 
 
@@ -188,7 +180,7 @@ def ask(flags: argparse.Namespace) -> None:
   mode = choose_mode(flags.mode, caches)
   path = flags.model or index.metadata['model']
   if fingerprint(path) != index.metadata['model_sha256']:
-    raise SearchIndexError(
+    raise UserError(
       f'{flags.index}: {path} is not the model that made this index, '
       f'{index.metadata["model"]}'
     )
@@ -288,18 +280,20 @@ def _first_line(text: str) -> str:
   return line if len(line) <= SHOWN else f'{line[: SHOWN - 3]}...'
 
 
-def main(flags: argparse.Namespace) -> None:
-  """Does as the flags say; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  logging.set_verbosity(logging.INFO)
-  try:
-    commands = {'index': write_index, 'ask': ask, 'benchmark': benchmark}
-    commands[flags.command](flags)
-  except (*USER_ERRORS, CacheError, ValueError) as error:
-    sys.exit(f'grit_jax: error: {error}')
-  except KeyboardInterrupt:
-    sys.exit('grit_jax: stopped; what is whole is kept')
+def answer(flags: argparse.Namespace) -> None:
+  """Does as the flags say.
+
+  Raises:
+    UserError: what the flags name cannot be.
+  """
+  commands = {'index': write_index, 'ask': ask, 'benchmark': benchmark}
+  commands[flags.command](flags)
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(
+    make_parser(),
+    answer,
+    stopped='stopped; what is whole is kept',
+    less_memory='--batch_size, --max_length and --quantization',
+  )

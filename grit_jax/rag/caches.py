@@ -36,7 +36,7 @@ class DiskCaches:
     """Maps the cache of a document into memory.
 
     Raises:
-      CacheError: It is missing or damaged.
+      UserError: It is missing or damaged.
     """
     return KVCache.open(self.path(number))
 

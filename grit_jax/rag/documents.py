@@ -141,7 +141,7 @@ def write_passages(
   Raises:
     RecordError: Two documents have one id, a title is too long, or there is no
       text at all.
-    PreparationError: The disk is full.
+    UserError: The disk is full.
   """
   lengths: list[int] = []
   seen: dict[str, pathlib.Path] = {}

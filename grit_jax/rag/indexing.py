@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from grit_jax.data import folders
-from grit_jax.data.folders import PreparationError
 from grit_jax.data.formats import format_embedding_prefix
 from grit_jax.data.sources import FileSource
 from grit_jax.encode import fingerprint
+from grit_jax.errors import UserError
 from grit_jax.inference import arguments
 from grit_jax.inference.cache import to_dtype
 from grit_jax.inference.corpus import CorpusWriter
@@ -42,7 +42,7 @@ def write_index(flags: argparse.Namespace) -> None:
     flags: Of `python -m grit_jax.rag index`.
 
   Raises:
-    PreparationError: There is no room for the caches.
+    UserError: There is no room for the caches.
     And what `grit_jax.encode` raises.
   """
   files = find_files(flags.source)
@@ -136,7 +136,7 @@ def _check_room(
     f'{format_size(free)} are free.'
   )
   if needed > free:
-    raise PreparationError(
+    raise UserError(
       f'{flags.index}: the caches need {format_size(needed)}, and '
       f'{format_size(free)} are free on the disk. Make room, or leave out '
       '--caches: documents are then read again for each answer'

@@ -2,25 +2,18 @@
 
 import argparse
 import contextlib
-import signal
 import socket
 import sys
-from collections.abc import Sequence
 
-from absl import app, logging
-from absl.flags import argparse_flags
+from absl import logging
 from etils import epath
 
-from grit_jax.checkpoint import CheckpointError
-from grit_jax.config import ConfigError
-from grit_jax.convert import ConvertError
-from grit_jax.data.tokenizer import TokenizerError
+from grit_jax import cli
+from grit_jax.errors import ConfigError
 from grit_jax.inference import arguments
 from grit_jax.inference.encoding import cache_bytes
 from grit_jax.inference.generation import round_places
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.logs import quiet_libraries
-from grit_jax.sharding import MeshError
 
 try:
   import uvicorn
@@ -30,9 +23,6 @@ try:
 except ModuleNotFoundError as error:
   sys.exit(f"grit_jax: error: {error}: pip install 'grit_jax[serve]'")
 
-USER_ERRORS = (
-  CheckpointError, ConfigError, ConvertError, MeshError, TokenizerError,
-)  # fmt: skip
 
 _LIMITS = {
   'max_batch': 'chats answered side by side',
@@ -43,11 +33,9 @@ _LIMITS = {
 }
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the flags."""
-  # `resolve`: a module of the same process may define flags of such names.
-  parser = argparse_flags.ArgumentParser(
-    conflict_handler='resolve',
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the flags."""
+  parser = cli.Parser(
     prog='python -m grit_jax.serve',
     description="Serves a model over HTTP, in OpenAI's protocol.",
   )
@@ -70,17 +58,17 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
   for name, help_text in _LIMITS.items():
     parser.add_argument(
       f'--{name}',
-      type=arguments.parse_positive,
+      type=cli.parse_positive,
       default=getattr(Limits, name),
       help=f'{help_text} (default: %(default)s)',
     )
   parser.add_argument(
     '--stop_seconds',
-    type=arguments.parse_positive,
+    type=cli.parse_positive,
     default=30,
     help='that a signal leaves to what runs (default: %(default)s)',
   )
-  return parser.parse_args(argv[1:])
+  return parser
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -102,7 +90,7 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   """Loads the model, and has it embed and answer once.
 
   Raises:
-    One of `USER_ERRORS`.
+    UserError: what the flags name cannot be.
   """
   model = arguments.load(flags)
   architecture = model.config.model
@@ -154,7 +142,7 @@ def serve(flags: argparse.Namespace) -> None:
   """Serves until a signal comes.
 
   Raises:
-    One of `USER_ERRORS`.
+    UserError: what the flags name cannot be.
   """
   limits = Limits(**{name: getattr(flags, name) for name in _LIMITS})
   try:
@@ -171,18 +159,7 @@ def serve(flags: argparse.Namespace) -> None:
     make_server(service, flags.stop_seconds).run([taken])
 
 
-def main(flags: argparse.Namespace) -> None:
-  """Serves; a mistake of the user's ends in one message."""
-  quiet_libraries()
-  logging.set_verbosity(logging.INFO)
-  try:
-    serve(flags)
-  except USER_ERRORS as error:
-    sys.exit(f'grit_jax: error: {error}')
-  except KeyboardInterrupt:
-    # What was running has ended; uvicorn passes the signal on.
-    sys.exit(128 + signal.SIGINT)
-
-
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(
+    make_parser(), serve, less_memory='--max_batch and --max_input_tokens'
+  )
