@@ -28,6 +28,9 @@ from grit_jax.logs import quiet_libraries
 
 _PREFIX = 'grit_jax: error:'
 
+# Of a flag that counts something: what 32 bits hold.
+MAX_NUMBER = 2**31 - 1
+
 
 class Parser(argparse.ArgumentParser):
   """Flags, whole words alone; a mistake in them is a ConfigError."""
@@ -114,10 +117,31 @@ def run(
 
 
 def parse_positive(text: str) -> int:
-  """Returns a number that is 1 or more."""
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number of 1 or more')
+  """Returns a number from 1 to `MAX_NUMBER`."""
+  number = int(text) if text.isdecimal() else 0
+  if not 1 <= number <= MAX_NUMBER:
+    raise argparse.ArgumentTypeError(
+      f'{text!r} is not a number from 1 to {MAX_NUMBER}'
+    )
+  return number
+
+
+def parse_port(text: str) -> int:
+  """Returns the number of a port, 0 to 65535."""
+  if not text.isdecimal() or int(text) > 65535:
+    raise argparse.ArgumentTypeError(f'{text!r} is not a port, 0 to 65535')
   return int(text)
+
+
+def parse_given(text: str) -> str:
+  """Returns a text that is not empty.
+
+  An empty one is a shell's variable that was never set: as a path it would be
+  the current folder, as a host all of the machine's addresses.
+  """
+  if not text.strip():
+    raise argparse.ArgumentTypeError('it is empty')
+  return text
 
 
 def _fail(message: str, status: int, flags: argparse.Namespace) -> None:

@@ -657,7 +657,11 @@ class Config:
       not traced or traced[-1] <= self.steps,
       f'profile.steps={self.profile.steps!r} goes beyond steps={self.steps}.',
     )
-    _check(self.seed >= 0, f'seed={self.seed} is negative.')
+    # JAX keeps 32 bits of it.
+    _check(
+      0 <= self.seed < 2**32,
+      f'seed={self.seed} is not a number from 0 to {2**32 - 1}.',
+    )
     _check(
       not (self.lora.rank and self.lora.dropout and self.model.num_experts)
       or not {'gate', 'up', 'down'} & {*self.lora.target_names},

@@ -31,9 +31,17 @@ def make_parser() -> argparse.ArgumentParser:
   )
   arguments.add_model(parser)
   parser.add_argument(
-    '--input', required=True, help='documents: .jsonl, .jsonl.gz, .jsonl.zst'
+    '--input',
+    type=cli.parse_given,
+    required=True,
+    help='documents: .jsonl, .jsonl.gz, .jsonl.zst',
   )
-  parser.add_argument('--output', required=True, help='the folder of the index')
+  parser.add_argument(
+    '--output',
+    type=cli.parse_given,
+    required=True,
+    help='the folder of the index',
+  )
   parser.add_argument(
     '--instruction', default='', help='for documents (default: none)'
   )

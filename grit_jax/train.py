@@ -78,7 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     prog='python -m grit_jax.train',
     description='Trains as --config=FILE and --config.KEY=VALUE say.',
   )
-  parser.add_argument('--workdir', required=True, help='where the run is kept')
+  parser.add_argument(
+    '--workdir',
+    type=cli.parse_given,
+    required=True,
+    help='where the run is kept',
+  )
   parser.add_argument(
     '--coordinator_address',
     help='HOST:PORT of process 0 of several. This and the next two are found '

@@ -29,7 +29,9 @@ def run(
       raise error
 
   parser = cli.Parser(prog='command')
-  parser.add_argument('--number', type=cli.parse_positive, default=1)
+  parser.add_argument('--number', type=cli.parse_positive)
+  parser.add_argument('--port', type=cli.parse_port)
+  parser.add_argument('--folder', type=cli.parse_given)
   try:
     cli.run(parser, command, argv, stopped='stopped here', less_memory='less')
   except SystemExit as end:
@@ -84,8 +86,13 @@ def test_a_fault_of_ours_keeps_its_traceback(capsys, error: Exception):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['--number=0'], "'0' is not a number of 1 or more"),
-    (['--number=1e3'], "'1e3' is not a number of 1 or more"),
+    (['--number=0'], "'0' is not a number from 1 to 2147483647"),
+    (['--number=1e3'], "'1e3' is not a number from 1 to"),
+    (['--number=2147483648'], "'2147483648' is not a number from 1 to"),
+    (['--port=65536'], "'65536' is not a port, 0 to 65535"),
+    (['--port=-1'], "'-1' is not a port"),
+    (['--folder='], 'argument --folder: it is empty'),
+    (['--folder', ' '], 'argument --folder: it is empty'),
     (['--numb=1'], 'unrecognized arguments: --numb=1'),
     (['stray'], 'unrecognized arguments: stray'),
   ],

@@ -221,6 +221,7 @@ WRONG = [
   ('log_every', 0),
   ('attention_kernel', 'flash'),
   ('seed', -1),
+  ('seed', 2**32),
 ]  # fmt: skip
 
 

@@ -35,9 +35,14 @@ def make_parser() -> argparse.ArgumentParser:
     'from_hf',
     help='a Hugging Face folder into a checkpoint',
   )
-  command.add_argument('--source', required=True, help='the folder; local')
   command.add_argument(
-    '--target', required=True, help='the checkpoint; it must not exist'
+    '--source', type=cli.parse_given, required=True, help='the folder; local'
+  )
+  command.add_argument(
+    '--target',
+    type=cli.parse_given,
+    required=True,
+    help='the checkpoint; it must not exist',
   )
   command = commands.add_parser(
     'to_hf',
@@ -45,11 +50,15 @@ def make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     '--source',
+    type=cli.parse_given,
     required=True,
     help="a run's workdir, for its newest checkpoint, or a checkpoint",
   )
   command.add_argument(
-    '--target', required=True, help='the folder; local, it must not exist'
+    '--target',
+    type=cli.parse_given,
+    required=True,
+    help='the folder; local, it must not exist',
   )
   command.add_argument(
     '--dtype', choices=DTYPES, help='of the weights (default: as stored)'
@@ -66,11 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     '--source',
+    type=cli.parse_given,
     required=True,
     help='the workdir of a run with lora.rank, or a checkpoint of one',
   )
   command.add_argument(
-    '--target', required=True, help='the folder; local, it must not exist'
+    '--target',
+    type=cli.parse_given,
+    required=True,
+    help='the folder; local, it must not exist',
   )
   command.add_argument(
     '--base',

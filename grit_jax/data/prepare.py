@@ -35,7 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
     ('tokenizer', 'a sentencepiece model, a tokenizer.json, or a folder'),
     ('target', 'the folder to write'),
   ):
-    parser.add_argument(f'--{name}', required=True, help=help_text)
+    parser.add_argument(
+      f'--{name}', type=cli.parse_given, required=True, help=help_text
+    )
   for name, help_text in (
     ('max_query_tokens', 'tokens of a query; more are cut'),
     ('max_passage_tokens', 'tokens of a passage; more are cut'),

@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     arguments.add_model(command)
     command.add_argument(
       '--output',
+      type=cli.parse_given,
       default='evaluation',
       help='for results (default: %(default)s)',
     )

@@ -82,7 +82,7 @@ class HeldOutEvaluation:
     return result
 
   def baselines(self) -> dict[str, dict[str, float]]:
-    """Returns the figures of a random ranking and of TF-IDF."""
+    """Returns the figures of a random ranking, and of TF-IDF if it has any."""
     if not self.queries:
       return {}
     tfidf = retrieval.tfidf_metrics(
@@ -90,10 +90,8 @@ class HeldOutEvaluation:
       [self._text(candidate) for candidate in self.candidates],
       self.positives,
     )
-    return {
-      'random': retrieval.random_metrics(len(self.candidates)),
-      'tfidf': tfidf,
-    }
+    random = retrieval.random_metrics(len(self.candidates))
+    return {'random': random} | ({'tfidf': tfidf} if tfidf else {})
 
   def show_examples(self, model: Decoder) -> str:
     """Returns a few retrieved texts and generated answers, to be read."""

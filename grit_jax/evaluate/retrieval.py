@@ -88,8 +88,10 @@ def tfidf_metrics(
     positives: int [Q], the index of each query's right candidate.
 
   Returns:
-    The same metrics as `retrieval_metrics`.
+    The same metrics as `retrieval_metrics`; none if no candidate has a word.
   """
+  if not any(map(split_words, candidate_texts)):
+    return {}
   # Here, because it takes a second that other starts of a run need not wait.
   from sklearn.feature_extraction.text import TfidfVectorizer
 

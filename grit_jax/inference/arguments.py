@@ -2,6 +2,7 @@
 
 import argparse
 
+from grit_jax import cli
 from grit_jax.config import MeshConfig
 from grit_jax.errors import ConfigError
 from grit_jax.inference.gritlm import GritLM
@@ -31,7 +32,10 @@ def parse_mesh(text: str) -> MeshConfig:
 def add_model(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `load`."""
   parser.add_argument(
-    '--model', required=True, help='a workdir, checkpoint or HF folder'
+    '--model',
+    type=cli.parse_given,
+    required=True,
+    help='a workdir, checkpoint or HF folder',
   )
   parser.add_argument(
     '--dtype',

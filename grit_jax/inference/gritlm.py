@@ -22,7 +22,7 @@ from grit_jax.config import (
 )
 from grit_jax.data import formats
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.errors import ConfigError
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.encoding import Encoder, Options, Request
 from grit_jax.inference.generation import Completion, Prompt, generate
@@ -188,13 +188,13 @@ class GritLM:
 
     Raises:
       FormatError: The instruction leaves no room for a text.
-      TypeError, ValueError: A text is no string, or no valid Unicode.
+      TypeError, UserError: A text is no string, or no valid Unicode.
     """
     texts = [sentences] if isinstance(sentences, str) else list(sentences)
     for number, text in enumerate(texts):
       _check_text(text, f'sentences[{number}]')
     if max_length < 1 or batch_size < 1:
-      raise ValueError(
+      raise UserError(
         f'max_length={max_length} and batch_size={batch_size} must be 1 or '
         'greater.'
       )
@@ -315,13 +315,13 @@ class GritLM:
       The new text, or a list of them.
 
     Raises:
-      ValueError: An argument cannot be, or a conversation is not one.
+      UserError: An argument cannot be, or a conversation is not one.
     """
     one = isinstance(prompts, str) or _is_conversation(prompts)
     all_prompts: list[Any] = [prompts] if one else list(prompts)
     caches = [cache] if isinstance(cache, KVCache) else cache
     if caches is not None and len(caches) != len(all_prompts):
-      raise ValueError(
+      raise UserError(
         f'There are {len(all_prompts)} prompts and {len(caches)} caches.'
       )
     settings = Sampling(
@@ -348,20 +348,20 @@ class GritLM:
     """Tokenizes what `complete` takes; see `generate`.
 
     Raises:
-      ValueError: The prompt or a setting cannot be, or the prompt with what is
+      UserError: The prompt or a setting cannot be, or the prompt with what is
         to be generated is longer than the model's positions.
     """
     settings.validate()
     if cache is not None and not isinstance(prompt, str):
-      raise ValueError('A cache is gone on from with a string, not messages.')
+      raise UserError('A cache is gone on from with a string, not messages.')
     parts = self._prompt_parts(prompt, bos=cache is None)
     ids, part = self.tokenizer.encode_parts(parts)
     if not len(ids):
-      raise ValueError('The prompt has no tokens.')
+      raise UserError('The prompt has no tokens.')
     encoded = Prompt(ids, part % 2 == 0, settings, cache)
     positions = self.config.model.max_positions
     if encoded.length + settings.max_new_tokens > positions:
-      raise ValueError(
+      raise UserError(
         f'The prompt has {encoded.length} tokens, which with max_new_tokens='
         f'{settings.max_new_tokens} is more than the {positions} positions of '
         'the model.'
@@ -383,7 +383,12 @@ class GritLM:
 
     Returns:
       The texts with their tokens and the reasons of their ends, in order.
+
+    Raises:
+      UserError: There would be no text in a batch.
     """
+    if batch_size < 1:
+      raise UserError(f'batch_size={batch_size} must be 1 or greater.')
     # Prompts of like lengths go together: a batch is as long as its longest.
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
     found: dict[int, Completion] = {}
@@ -430,7 +435,7 @@ class GritLM:
       The score, or a list of them if prompts or continuations are several.
 
     Raises:
-      ValueError: A continuation adds no token, or is with its prompt longer
+      UserError: A continuation adds no token, or is with its prompt longer
         than the model's positions; or a conversation is not one.
     """
     one_prompt = isinstance(prompts, str) or _is_conversation(prompts)
@@ -442,7 +447,7 @@ class GritLM:
     if one:
       texts *= len(all_prompts)
     if len(all_prompts) != len(texts):
-      raise ValueError(
+      raise UserError(
         f'There are {len(all_prompts)} prompts and {len(texts)} continuations.'
       )
     candidates = [
@@ -495,7 +500,7 @@ class GritLM:
     )
     positions = self.config.model.max_positions
     if len(candidate.ids) - 1 > positions:
-      raise ValueError(
+      raise UserError(
         f'The prompt has {len(candidate.ids)} tokens with its continuation, '
         f'more than the {positions} positions of the model.'
       )
@@ -526,7 +531,7 @@ class GritLM:
     for number, message in enumerate(messages):
       role = ('user', 'assistant')[number % 2]
       if message.get('role') != role:
-        raise ValueError(
+        raise UserError(
           f'messages[{number}] is of the role {message.get("role")!r}, not '
           f'{role!r}: user and assistant alternate, and the format has no '
           'other.'
@@ -534,7 +539,7 @@ class GritLM:
       _check_text(message.get('content'), f"messages[{number}]['content']")
       turns.append(message['content'])
     if len(turns) % 2 == 0:
-      raise ValueError(f"The last of {len(turns)} messages must be the user's.")
+      raise UserError(f"The last of {len(turns)} messages must be the user's.")
     exchanges = formats.format_turns([*turns, ''], self.tokenizer)
     parts = [part for exchange in exchanges for part in exchange]
     return parts[:-1]
@@ -558,7 +563,7 @@ def join_title(document: str | Mapping[str, str | None]) -> str:
 
   Raises:
     TypeError: The text or the title is no string.
-    ValueError: There is no text.
+    UserError: There is no text.
   """
   if isinstance(document, str):
     return document
@@ -567,7 +572,7 @@ def join_title(document: str | Mapping[str, str | None]) -> str:
       f'A document is a string or a mapping, not {type(document).__name__}.'
     )
   if 'text' not in document:
-    raise ValueError(f"A document has no 'text': {sorted(document)}.")
+    raise UserError(f"A document has no 'text': {sorted(document)}.")
   text, title = document['text'], document.get('title')
   text = _check_text(text, "A document's text")
   if title is None:
@@ -602,7 +607,7 @@ def _check_text(text: object, where: str) -> str:
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'{where} is no valid Unicode: {error}') from error
+    raise UserError(f'{where} is no valid Unicode: {error}') from error
   return text
 
 

@@ -154,17 +154,17 @@ class Index:
       [Q, k], the lower first where scores are equal.
     """
     if k < 1:
-      raise ValueError(f'k is {k}; it must be 1 or more')
+      raise UserError(f'k is {k}; it must be 1 or more')
     if not len(self):
       raise UserError(f'{self.folder}: there are no documents in it')
     queries = np.asarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != self.dimension:
-      raise ValueError(
+      raise UserError(
         f'queries has the shape {queries.shape}, expected [Q, {self.dimension}]'
       )
     finite = np.isfinite(queries).all(axis=1)
     if not finite.all():
-      raise ValueError(f'query {np.argmin(finite)} is not finite')
+      raise UserError(f'query {np.argmin(finite)} is not finite')
     return search.search(self, queries, k)
 
   def documents(self, numbers: Sequence[int] | np.ndarray) -> list[Document]:

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from grit_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -39,7 +41,7 @@ class Sampling:
       ('stop', all(self.stop), 'of strings that are not empty'),
     ):
       if not holds:
-        raise ValueError(f'{name}={getattr(self, name)!r} must be {expected}.')
+        raise UserError(f'{name}={getattr(self, name)!r} must be {expected}.')
 
 
 def choose(

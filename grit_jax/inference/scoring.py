@@ -22,6 +22,7 @@ from grit_jax.data.filling import Filler, RowShards
 from grit_jax.data.packing import Packing, pack
 from grit_jax.data.pipeline import place_batch
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.errors import UserError
 from grit_jax.inference.encoding import (
   LEAST_ROW,
   USUAL_ROW,
@@ -88,7 +89,7 @@ def encode_candidate(
     continuation: What comes after them.
 
   Raises:
-    ValueError: The continuation adds no token, or there is none before it.
+    UserError: The continuation adds no token, or there is none before it.
   """
   alone, part = tokenizer.encode_parts(prompt)
   ids = np.array(tokenizer.encode(''.join(prompt) + continuation), np.int32)
@@ -96,9 +97,9 @@ def encode_candidate(
   differs = np.flatnonzero(alone[:shared] != ids[:shared])
   length = int(differs[0]) if len(differs) else shared
   if length == len(ids):
-    raise ValueError(f'The continuation {continuation!r} has no tokens.')
+    raise UserError(f'The continuation {continuation!r} has no tokens.')
   if not length:
-    raise ValueError('The prompt has no tokens of its own.')
+    raise UserError('The prompt has no tokens of its own.')
   in_instruction = np.zeros(len(ids), bool)
   in_instruction[:length] = part[:length] % 2 == 0
   return Candidate(ids, length, in_instruction)

@@ -59,12 +59,15 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
   )
   command.add_argument(
     '--source',
+    type=cli.parse_given,
     required=True,
     action='append',
     help='a .txt, .md or .jsonl file, or a folder of such; repeat for more',
   )
   arguments.add_model(command)
-  command.add_argument('--index', required=True, help='the folder to write')
+  command.add_argument(
+    '--index', type=cli.parse_given, required=True, help='the folder to write'
+  )
   command.add_argument(
     '--caches',
     default='',
@@ -97,7 +100,9 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
   command.add_argument(
     'questions', nargs='*', help='none: one a line of the standard input'
   )
-  command.add_argument('--index', required=True, help='what `index` wrote')
+  command.add_argument(
+    '--index', type=cli.parse_given, required=True, help='what `index` wrote'
+  )
   command.add_argument(
     '--model', default='', help='where it is now (default: as the index has it)'
   )
@@ -135,7 +140,9 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
     'benchmark',
     help="the paper's latencies, side by side with PyTorch's",
   )
-  command.add_argument('--output', required=True, help='a file for JSON')
+  command.add_argument(
+    '--output', type=cli.parse_given, required=True, help='a file for JSON'
+  )
   command.add_argument(
     '--model',
     default='',

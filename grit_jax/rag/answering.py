@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from grit_jax.errors import UserError
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.encoding import Options
 from grit_jax.inference.generation import Completion
@@ -76,17 +77,17 @@ class Answerer:
       answer_start: See `format_prompt`.
 
     Raises:
-      ValueError: The mode does not go with the rest.
+      UserError: The mode does not go with the rest.
     """
     if mode.caches_document and documents != 1:
-      raise ValueError(
+      raise UserError(
         f'mode={mode.value} answers from the cache of 1 document, not '
         f'{documents}: caches of several have not seen each other.'
       )
     if mode.caches_document and caches is None:
-      raise ValueError(f'mode={mode.value} needs caches of the documents.')
+      raise UserError(f'mode={mode.value} needs caches of the documents.')
     if mode is not Mode.NO_RETRIEVAL and index is None:
-      raise ValueError(f'mode={mode.value} needs an index.')
+      raise UserError(f'mode={mode.value} needs an index.')
     self.model, self.mode, self.documents = model, mode, documents
     self.index = None if mode is Mode.NO_RETRIEVAL else index
     self.caches = caches if mode.caches_document else None
@@ -105,12 +106,12 @@ class Answerer:
         the question before it.
 
     Raises:
-      ValueError: A question is blank, or with what it is answered from is
+      UserError: A question is blank, or with what it is answered from is
         longer than the model's positions.
     """
     for number, question in enumerate(questions, 1):
       if not question.strip():
-        raise ValueError(f'Question {number} of {len(questions)} is blank.')
+        raise UserError(f'Question {number} of {len(questions)} is blank.')
     found, query_caches = self._retrieve(questions)
     prompts = []
     for i, (question, sources, cache) in enumerate(

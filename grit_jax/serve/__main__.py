@@ -44,11 +44,14 @@ def make_parser() -> argparse.ArgumentParser:
     '--name', default='', help="what clients call it (default: the folder's)"
   )
   parser.add_argument(
-    '--host', default='127.0.0.1', help='to listen at (default: %(default)s)'
+    '--host',
+    type=cli.parse_given,
+    default='127.0.0.1',
+    help='to listen at (default: %(default)s)',
   )
   parser.add_argument(
     '--port',
-    type=int,
+    type=cli.parse_port,
     default=8000,
     help='to listen at; 0: a free one (default: %(default)s)',
   )

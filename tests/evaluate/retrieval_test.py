@@ -266,3 +266,7 @@ def test_top_candidates_are_at_most_all(rng):
   assert len(indices) == len(scores) == 3
   with pytest.raises(ValueError, match='k is 0'):
     top_candidates(np.ones(2), np.ones((3, 2)), 0)
+
+
+def test_tfidf_has_no_figures_where_no_candidate_has_a_word():
+  assert tfidf_metrics(['a word'], ['?!', '...'], np.array([1])) == {}
