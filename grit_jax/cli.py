@@ -133,6 +133,11 @@ def parse_port(text: str) -> int:
   return int(text)
 
 
+def split_names(text: str) -> list[str]:
+  """Returns the names of a list such as `mmlu, gsm8k`."""
+  return [name.strip() for name in text.split(',') if name.strip()]
+
+
 def parse_given(text: str) -> str:
   """Returns a text that is not empty.
 

@@ -111,6 +111,11 @@ def test_a_subcommand_takes_verbosity_before_and_after_its_name():
     assert parser.parse_args(argv).verbosity == 1
 
 
+def test_blanks_between_names_are_no_part_of_them():
+  assert cli.split_names(' mmlu, gsm8k,') == ['mmlu', 'gsm8k']
+  assert cli.split_names('') == []
+
+
 def test_the_keys_of_a_config_are_changed_by_flags():
   found = cli.parse_config(
     [

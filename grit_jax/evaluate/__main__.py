@@ -87,7 +87,7 @@ def evaluate_mteb(flags: argparse.Namespace) -> None:
     from grit_jax.evaluate import mteb_encoder
   except ModuleNotFoundError as error:
     raise _missing(error, 'mteb') from error
-  languages = flags.languages.split(',') if flags.languages else None
+  languages = cli.split_names(flags.languages) or None
   tasks = mteb_encoder.find_tasks(flags.tasks, languages)
   encoder = mteb_encoder.Encoder(
     arguments.load(flags), _name(flags.model), flags.max_length
@@ -118,7 +118,7 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
     from grit_jax.evaluate.lm_eval_model import LanguageModel
   except ModuleNotFoundError as error:
     raise _missing(error, 'lm') from error
-  names = flags.tasks.split(',')
+  names = cli.split_names(flags.tasks)
   manager = TaskManager(include_path=flags.task_folder)
   generative_tasks.check_names(manager, names, flags.run_unsafe_code)
   model = LanguageModel(

@@ -13,7 +13,7 @@ def parse_mesh(text: str) -> MeshConfig:
   """Returns the mesh that a text such as `fsdp=2,tensor=4` is."""
   sizes = {}
   for part in text.split(','):
-    name, _, size = part.partition('=')
+    name, _, size = part.strip().partition('=')
     try:
       sizes[name] = int(size)
     except ValueError as error:

@@ -228,7 +228,13 @@ def _read_questions() -> Iterator[str]:
 def _make_answerer(
   flags: argparse.Namespace, path: str, index: Index, mode: Mode
 ) -> Answerer:
-  model = GritLM.load(path)
+  # A question is embedded as the documents were.
+  model = GritLM.load(
+    path,
+    mesh=flags.mesh,
+    dtype=index.metadata['model_dtype'],
+    quantization=index.metadata['model_quantization'],
+  )
   caches: DiskCaches | HostCaches | None = None
   if mode.caches_document and index.metadata.get('caches'):
     caches = DiskCaches(flags.index)
