@@ -34,14 +34,23 @@ fi
 class Cloud:
   """The folder that `gcloud.py` describes, and a clone to launch from."""
 
-  def __init__(self, folder: pathlib.Path):
-    """Makes the folder, the clone, and programs on a PATH."""
+  def __init__(self, folder: pathlib.Path, like: 'Cloud | None' = None):
+    """Makes the folder, the clone, and programs on a PATH.
+
+    Args:
+      folder: for all of it.
+      like: a cloud whose nodes and clone this one has too.
+    """
     self.folder, self.clone = folder / 'cloud', folder / 'clone'
-    for name in 'nodes', 'queued', 'answers':
-      (self.folder / name).mkdir(parents=True)
-    shutil.copytree(ROOT / 'launch', self.clone / 'launch')
-    self.git('init', '--quiet')
-    self.commit()
+    if like:
+      shutil.copytree(like.folder, self.folder, symlinks=True)
+      shutil.copytree(like.clone, self.clone, symlinks=True)
+    else:
+      for name in 'nodes', 'queued', 'answers':
+        (self.folder / name).mkdir(parents=True)
+      shutil.copytree(ROOT / 'launch', self.clone / 'launch')
+      self.git('init', '--quiet')
+      self.commit()
     self.programs = folder / 'programs'
     self.programs.mkdir()
     gcloud = (
@@ -57,6 +66,10 @@ class Cloud:
       'CLOUD': str(self.folder),
       'PATH': f'{self.programs}:{os.environ["PATH"]}',
     }
+
+  def copy(self, folder: pathlib.Path) -> 'Cloud':
+    """Makes another cloud that has what this one has."""
+    return Cloud(folder, self)
 
   def add_program(self, name: str, text: str) -> None:
     """Writes a program to the PATH."""
@@ -127,10 +140,16 @@ class Cloud:
       states.write_text('PREEMPTED')
 
 
+@pytest.fixture(scope='session')
+def empty(tmp_path_factory) -> Cloud:
+  """A cloud with nothing in it, to be copied."""
+  return Cloud(tmp_path_factory.mktemp('empty'))
+
+
 @pytest.fixture
-def cloud(tmp_path) -> Iterator[Cloud]:
+def cloud(tmp_path, empty) -> Iterator[Cloud]:
   """A cloud with nothing in it."""
-  cloud = Cloud(tmp_path)
+  cloud = empty.copy(tmp_path)
   yield cloud
   cloud.stop_machines()
 

@@ -49,12 +49,21 @@ def starts(home) -> list[list[str]]:
   return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def pod(cloud):
-  """A pod of one slice with two workers, set up."""
+@pytest.fixture(scope='module')
+def set_up(tmp_path_factory, empty):
+  """A pod of one slice with two workers, set up, to be copied."""
+  cloud = empty.copy(tmp_path_factory.mktemp('pod'))
   cloud.run('create.sh', *POD, 'v5litepod-8', 'on-demand')
   cloud.run('setup.sh', *POD)
   return cloud
+
+
+@pytest.fixture
+def pod(tmp_path, set_up):
+  """A pod of one slice with two workers, set up."""
+  pod = set_up.copy(tmp_path)
+  yield pod
+  pod.stop_machines()
 
 
 # Creation.
