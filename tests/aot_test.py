@@ -7,6 +7,8 @@ depth. Skipped where the compiler is not installed.
 import dataclasses
 import functools
 import math
+import pathlib
+from collections.abc import Iterator
 
 import pytest
 from configs_test import load
@@ -36,6 +38,15 @@ CONFIG = Config(
   model=dataclasses.replace(presets.mistral_7b(), num_layers=LAYERS),
   evaluation=EvaluationConfig(rows=64),
 )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+  """Where all tests here would keep compiled programs."""
+  folder = tmp_path_factory.mktemp('aot') / 'cache'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
+    yield folder
 
 
 @functools.cache
@@ -126,6 +137,13 @@ def test_executed_flops_are_those_of_rematerialised_layers():
   assert 1.2 < figures_of('v5e:8x8')['executed_over_ideal_flops'] <= 1.29
 
 
+def test_the_cache_of_compiled_programs_is_left_alone(cache: pathlib.Path):
+  # A program from there would have no dump.
+  assert figures_of('v5e:8x8')['fits']
+  # JAX makes the folder when it first looks a program up.
+  assert not cache.exists()
+
+
 def test_a_step_that_does_not_fit_is_an_answer():
   config = dataclasses.replace(
     CONFIG, model=presets.mistral_7b(), memory=MemoryConfig(remat='none')
@@ -167,7 +185,7 @@ def test_a_mesh_that_does_not_fit_is_an_error():
   ('recipe', 'topology', 'rows', 'budget'),
   [
     ('lora_7b', 'v5e:1x1', Sizes(16, 8), 12.6),
-    ('lora_8x7b', 'v6e:2x4', Sizes(64, 64), 11.7),
+    ('lora_8x7b', 'v5e:2x4', Sizes(64, 64), 12.3),
   ],
 )
 def test_adapters_and_their_base_are_within_the_budget(
@@ -176,10 +194,12 @@ def test_adapters_and_their_base_are_within_the_budget(
   config = load(recipe)
   if config.model.num_experts:
     # The peak is in the backward pass of a chunk of either stream: one of them
-    # compiles in a third of the time.
+    # compiles in a third of the time, and v5e in a third of v6e's. A chip of
+    # v5e takes the rows in smaller chunks.
     config = dataclasses.replace(
       config,
       objective=dataclasses.replace(config.objective, mode='generative'),
+      memory=dataclasses.replace(config.memory, chunk_rows=8),
     )
   figures = compile_step(Request(config, topology, 1, rows))
   assert figures['fits']

@@ -25,6 +25,11 @@ from grit_jax.config import Config
 # The TPU compiler on a machine without a TPU; read when it is loaded.
 _ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
+  # Of other compilers: this one ends at a flag that it does not know.
+  'XLA_FLAGS': '',
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
+  # A program from a cache would have no dump.
+  'JAX_ENABLE_COMPILATION_CACHE': '0',
   # Other processes may use it too.
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   # What a TPU's machine would be asked.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from grit_jax.config import (
   Config,
@@ -37,12 +39,11 @@ FLAGS = (
 )
 
 
-@pytest.fixture
-def raw(tmp_path: pathlib.Path, model_bytes: bytes) -> pathlib.Path:
-  """A folder of raw data of both kinds, with a tokenizer beside it."""
-  (tmp_path / 'tokenizer.model').write_bytes(model_bytes)
-  folder = tmp_path / 'raw'
-  folder.mkdir()
+def write_raw(folder: pathlib.Path, model_bytes: bytes) -> pathlib.Path:
+  """Writes raw data of both kinds, with a tokenizer beside it."""
+  (folder / 'tokenizer.model').write_bytes(model_bytes)
+  raw = folder / 'raw'
+  raw.mkdir()
   pairs = [
     {
       'query': ['Find', f'query {i}'],
@@ -55,16 +56,15 @@ def raw(tmp_path: pathlib.Path, model_bytes: bytes) -> pathlib.Path:
   chats.append({'text': ['long ' * 60, 'never seen']})
   for name, lines in ('pairs', pairs), ('chats', chats):
     text = ''.join(json.dumps(line) + '\n' for line in lines)
-    (folder / f'{name}.jsonl').write_text(text)
-  return folder
+    (raw / f'{name}.jsonl').write_text(text)
+  return raw
 
 
-@pytest.fixture
-def config(tmp_path: pathlib.Path, raw: pathlib.Path) -> Config:
+def make_config(folder: pathlib.Path) -> Config:
   """What FLAGS say, of data that is prepared already."""
   return Config(
     data=DataConfig(
-      paths=str(tmp_path / 'prepared'),
+      paths=str(folder / 'prepared'),
       max_query_tokens=24,
       max_passage_tokens=32,
       max_generative_tokens=40,
@@ -80,13 +80,43 @@ def change(config: Config, **data: object) -> Config:
   )
 
 
-@pytest.fixture
-def prepared(config: Config, raw: pathlib.Path) -> pathlib.Path:
-  """A prepared folder of that data."""
-  target = config.data.paths
+def prepare_raw(raw: pathlib.Path, config: Config) -> pathlib.Path:
+  """Prepares a folder of raw data to where the configuration has its own."""
   tokenizer = str(raw.parent / 'tokenizer.model')
+  target = config.data.paths
   prepare.prepare(change(config, paths=str(raw), tokenizer=tokenizer), target)
   return pathlib.Path(target)
+
+
+@pytest.fixture
+def raw(tmp_path: pathlib.Path, model_bytes: bytes) -> pathlib.Path:
+  """A folder of raw data, for a test to change."""
+  return write_raw(tmp_path, model_bytes)
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> Config:
+  """The configuration of what is prepared from `raw`."""
+  return make_config(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Data that all tests here share, and change nothing of."""
+
+  raw: pathlib.Path
+  config: Config
+  folder: pathlib.Path
+
+
+@pytest.fixture(scope='module')
+def prepared(
+  tmp_path_factory: pytest.TempPathFactory, model_bytes: bytes
+) -> Prepared:
+  """Raw data, and what is prepared from it."""
+  folder = tmp_path_factory.mktemp('shared')
+  raw, config = write_raw(folder, model_bytes), make_config(folder)
+  return Prepared(raw, config, prepare_raw(raw, config))
 
 
 @pytest.fixture
@@ -103,34 +133,43 @@ def open_data(tmp_path: pathlib.Path) -> Callable:
   return run
 
 
-def run_command(
-  folder: pathlib.Path, *flags: str, limit: int | None = None
-) -> subprocess.CompletedProcess:
-  """Runs the command on the raw data in a folder; `limit` is of files."""
+def make_flags(folder: pathlib.Path, *flags: str) -> list[str]:
+  """The flags that prepare the raw data in a folder."""
+  return [
+    f'--source={folder}/raw',
+    f'--tokenizer={folder}/tokenizer.model',
+    f'--target={folder}/prepared',
+    *flags,
+  ]
 
-  def set_limit() -> None:
-    if limit:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
+def start_command(*flags: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'grit_jax.data.prepare',
-      f'--source={folder}/raw',
-      f'--tokenizer={folder}/tokenizer.model',
-      f'--target={folder}/prepared',
-      *flags,
-    ],
+    [sys.executable, '-m', 'grit_jax.data.prepare', *flags],
     cwd=ROOT,
     capture_output=True,
     text=True,
-    preexec_fn=set_limit,
   )
 
 
+@pytest.fixture
+def run_command(tmp_path: pathlib.Path) -> Callable:
+  """Runs the command here on the raw data; returns what it ends with."""
+
+  @flagsaver.flagsaver
+  def run(*given: str) -> str | None:
+    flags.FLAGS(['prepare', *make_flags(tmp_path, *given)])
+    try:
+      prepare.main(['prepare'])
+    except SystemExit as end:
+      return end.code
+    return None
+
+  return run
+
+
 def test_the_command_prepares_and_reports(raw, tmp_path):
-  done = run_command(tmp_path)
+  done = start_command(*make_flags(tmp_path))
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert lines[0].split()[:4] == ['data', 'set', 'kind', 'records']
@@ -144,46 +183,47 @@ def test_the_command_prepares_and_reports(raw, tmp_path):
   assert manifest['settings'] == dataclasses.asdict(make_settings(Config()))
 
 
-def test_faults_are_one_message(raw, tmp_path):
+def test_faults_are_one_message(raw, tmp_path, run_command, capsys):
   with (raw / 'pairs.jsonl').open('a') as file:
     file.write('oops\n')
-  done = run_command(tmp_path, *FLAGS)
+  done = start_command(*make_flags(tmp_path, *FLAGS))
   assert done.returncode == 1
   assert done.stderr == (
     f'grit_jax: error: {raw}/pairs.jsonl:61: not valid JSON: Expecting value '
     'at column 1\n'
   )
   assert not (tmp_path / 'prepared/prepared.json').exists()
-  done = run_command(
-    tmp_path, *FLAGS, '--on_error=skip', '--max_skipped_fraction=0.02'
-  )
-  assert done.returncode == 0, done.stderr
-  assert 'pairs: skipped 1: not valid JSON\n' in done.stdout
-  assert f'  {raw}/pairs.jsonl:61: not valid JSON' in done.stdout
-  assert 'chats: dropped 1: no answer within the limit' in done.stdout
+  skip = '--on_error=skip', '--max_skipped_fraction=0.02'
+  assert run_command(*FLAGS, *skip) is None
+  printed = capsys.readouterr().out
+  assert 'pairs: skipped 1: not valid JSON\n' in printed
+  assert f'  {raw}/pairs.jsonl:61: not valid JSON' in printed
+  assert 'chats: dropped 1: no answer within the limit' in printed
 
 
 @pytest.mark.parametrize('limit', [200, 5_000])
 def test_a_full_disk_is_one_message_and_leaves_nothing_whole(
-  raw, tmp_path, limit
+  raw, tmp_path, run_command, capsys, limit
 ):
-  done = run_command(tmp_path, *FLAGS, limit=limit)
-  assert done.returncode == 1
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  try:
+    message = run_command(*FLAGS)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   target = tmp_path / 'prepared'
-  assert done.stderr.startswith(f'grit_jax: error: {target}: cannot write: ')
-  assert done.stderr.count('\n') == 1
-  assert 'File too large' in done.stderr and 'make room' in done.stderr
+  assert message.startswith(f'grit_jax: error: {target}: cannot write: ')
+  assert '\n' not in message and not capsys.readouterr().err
+  assert 'File too large' in message and 'make room' in message
   assert not list(target.glob('*/dataset.json'))
   assert not (target / 'prepared.json').exists()
-  done = run_command(tmp_path, *FLAGS)
-  assert done.returncode == 0, done.stderr
+  assert run_command(*FLAGS) is None
   assert len(list(target.glob('*/dataset.json'))) == 2
 
 
-def test_a_mistake_in_a_flag_is_named(raw, tmp_path):
-  done = run_command(tmp_path, '--held_out_fraction=1.5')
-  assert done.returncode == 1
-  assert 'held_out_fraction=1.5 is not in [0, 1)' in done.stderr
+def test_a_mistake_in_a_flag_is_named(raw, run_command):
+  message = run_command('--held_out_fraction=1.5')
+  assert 'held_out_fraction=1.5 is not in [0, 1)' in message
 
 
 def test_source_and_target_must_differ(raw, config):
@@ -194,16 +234,18 @@ def test_source_and_target_must_differ(raw, config):
     )
 
 
-def test_prepared_data_is_not_prepared_again(prepared, config, raw, tmp_path):
-  tokenizer = str(raw.parent / 'tokenizer.model')
-  with pytest.raises(ConfigError, match=f'{prepared} is already prepared'):
-    prepare.prepare(change(config, tokenizer=tokenizer), str(tmp_path / 'b'))
+def test_prepared_data_is_not_prepared_again(prepared, tmp_path):
+  tokenizer = str(prepared.raw.parent / 'tokenizer.model')
+  config = change(prepared.config, tokenizer=tokenizer)
+  with pytest.raises(
+    ConfigError, match=f'{prepared.folder} is already prepared'
+  ):
+    prepare.prepare(config, str(tmp_path / 'b'))
 
 
-def test_the_report_and_the_histograms_describe_the_data(
-  prepared, open_data, config
-):
-  report = json.loads((prepared / 'report.json').read_text())
+def test_the_report_and_the_histograms_describe_the_data(prepared, open_data):
+  config = prepared.config
+  report = json.loads((prepared.folder / 'report.json').read_text())
   by_name = {entry['name']: entry for entry in report['data_sets']}
   for split in TRAIN, HELD_OUT:
     opened = open_data(config, split)
@@ -232,12 +274,11 @@ def test_the_report_and_the_histograms_describe_the_data(
   assert lengths['passages']['mean'] == round(
     (texts.sum() - queries.sum()) / (len(texts) - 60), 1
   )
-  assert (prepared / 'lengths.png').read_bytes().startswith(PNG)
+  assert (prepared.folder / 'lengths.png').read_bytes().startswith(PNG)
 
 
-def test_a_run_sees_the_same_data_prepared_and_raw(
-  prepared, config, raw, open_data, tmp_path
-):
+def test_a_run_sees_the_same_data_prepared_and_raw(prepared, open_data):
+  raw, config = prepared.raw, prepared.config
   tokenizer = load_tokenizer(raw.parent / 'tokenizer.model')
   for split in TRAIN, HELD_OUT:
     ours = open_data(config, split)
@@ -250,9 +291,8 @@ def test_a_run_sees_the_same_data_prepared_and_raw(
       assert (a.name, a.kind, a.report) == (b.name, b.kind, b.report)
 
 
-def test_a_prepared_folder_needs_nothing_else(
-  prepared, config, raw, open_data, tmp_path
-):
+def test_a_prepared_folder_needs_nothing_else(config, raw, open_data, tmp_path):
+  prepared = prepare_raw(raw, config)
   place = open_data(config)['embedding'][0].where(0)
   moved = tmp_path / 'elsewhere'
   prepared.rename(moved)
@@ -265,18 +305,16 @@ def test_a_prepared_folder_needs_nothing_else(
   assert len(data['embedding'][0].read([0])[0]) >= 3
 
 
-def test_prepared_and_raw_data_may_be_mixed(
-  prepared, config, raw, open_data, tmp_path
-):
+def test_prepared_and_raw_data_may_be_mixed(prepared, open_data, tmp_path):
   more = tmp_path / 'more.jsonl'
-  shutil.copy(raw / 'pairs.jsonl', more)
-  both = change(config, paths=f'{more},{prepared}')
+  shutil.copy(prepared.raw / 'pairs.jsonl', more)
+  both = change(prepared.config, paths=f'{more},{prepared.folder}')
   names = [dataset.name for dataset in open_data(both)['embedding']]
   assert names == ['more', 'pairs']
 
 
-def test_what_the_mode_lacks_need_not_fit(prepared, config, open_data):
-  config = change(config, max_generative_tokens=33)
+def test_what_the_mode_lacks_need_not_fit(prepared, open_data):
+  config = change(prepared.config, max_generative_tokens=33)
   with pytest.raises(ConfigError, match='data.max_generative_tokens=33'):
     open_data(config)
   mode = ObjectiveConfig(mode='embedding')
@@ -287,36 +325,33 @@ def test_what_the_mode_lacks_need_not_fit(prepared, config, open_data):
 @pytest.mark.parametrize(
   'key', ['max_query_tokens', 'max_passage_tokens', 'max_generative_tokens']
 )
-def test_another_limit_is_named(prepared, config, open_data, key):
-  expected = f'^data.{key}=16, but {prepared} was prepared with '
+def test_another_limit_is_named(prepared, open_data, key):
+  expected = f'^data.{key}=16, but {prepared.folder} was prepared with '
   with pytest.raises(ConfigError, match=expected):
-    open_data(change(config, **{key: 16}))
+    open_data(change(prepared.config, **{key: 16}))
 
 
-def test_another_held_out_fraction_is_named(prepared, config, open_data):
+def test_another_held_out_fraction_is_named(prepared, open_data):
   evaluation = EvaluationConfig(held_out_fraction=0.1)
   with pytest.raises(ConfigError, match='^evaluation.held_out_fraction=0.1, '):
-    open_data(dataclasses.replace(config, evaluation=evaluation))
+    open_data(dataclasses.replace(prepared.config, evaluation=evaluation))
 
 
-def test_another_tokenizer_is_named(prepared, config, open_data, tmp_path):
+def test_another_tokenizer_is_named(prepared, open_data, tmp_path):
   other = tmp_path / 'other.model'
   other.write_bytes(train_tokenizer(['some other text ' * 20], 280))
-  config = change(config, tokenizer=str(other))
+  config = change(prepared.config, tokenizer=str(other))
   with pytest.raises(ConfigError, match=f'^data.tokenizer={str(other)!r}: '):
     open_data(config, tokenizer=load_tokenizer(other))
 
 
-def test_more_negatives_than_prepared_data_has_are_named(
-  prepared, config, open_data
-):
+def test_more_negatives_than_prepared_data_has_are_named(prepared, open_data):
   with pytest.raises(RecordError, match='neg: found 1 negatives, expected 2'):
-    open_data(change(config, num_passages=3))
+    open_data(change(prepared.config, num_passages=3))
 
 
-def test_a_file_that_changed_after_preparation_is_named(
-  prepared, config, raw, open_data
-):
+def test_a_file_that_changed_after_preparation_is_named(config, raw, open_data):
+  prepared = prepare_raw(raw, config)
   path = raw / 'chats.jsonl'
   os.utime(path, (1, 1))
   open_data(config)  # Another time, but the same content.
@@ -332,10 +367,7 @@ def test_skipped_records_need_on_error_skip(raw, config, open_data):
   with (raw / 'pairs.jsonl').open('a') as file:
     file.write('oops\n')
   skip = change(config, on_error='skip', max_skipped_fraction=0.02)
-  tokenizer = str(raw.parent / 'tokenizer.model')
-  prepare.prepare(
-    change(skip, paths=str(raw), tokenizer=tokenizer), config.data.paths
-  )
+  prepare_raw(raw, skip)
   open_data(skip)
   with pytest.raises(ConfigError, match="^data.on_error='stop', but 1 records"):
     open_data(change(skip, on_error='stop'))
@@ -343,23 +375,19 @@ def test_skipped_records_need_on_error_skip(raw, config, open_data):
     open_data(change(skip, max_skipped_fraction=0.01))
 
 
-def test_another_version_is_refused(prepared, config, open_data):
-  path = prepared / 'prepared.json'
+def test_another_version_is_refused(prepared, open_data, tmp_path):
+  copy = shutil.copytree(prepared.folder, tmp_path / 'copy')
+  path = copy / 'prepared.json'
   content = json.loads(path.read_text())
   path.write_text(json.dumps({**content, 'format': 1}))
   with pytest.raises(RecordError, match='prepared.json: found format 1'):
-    open_data(config)
+    open_data(change(prepared.config, paths=str(copy)))
 
 
-def test_without_held_out_records_nothing_is_evaluated(
-  prepared, config, raw, open_data
-):
+def test_without_held_out_records_nothing_is_evaluated(raw, config, open_data):
   evaluation = EvaluationConfig(held_out_fraction=0.0)
   config = dataclasses.replace(config, evaluation=evaluation)
-  tokenizer = str(raw.parent / 'tokenizer.model')
-  target = f'{config.data.paths}_whole'
-  prepare.prepare(change(config, paths=str(raw), tokenizer=tokenizer), target)
-  config = change(config, paths=target)
+  prepare_raw(raw, config)
   assert open_data(config, HELD_OUT) == {'embedding': [], 'generative': []}
   assert len(open_data(config)['embedding'][0]) == 60
 

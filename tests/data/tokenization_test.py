@@ -479,7 +479,7 @@ def test_little_data_starts_no_process(tokenize, tmp_path, monkeypatch):
   assert len(tokenize(sources, 'here', workers=2)) == 3
 
 
-# Prepares `a.jsonl` in parts of 20 records, with two processes.
+# Prepares `a.jsonl` in parts of 20 records.
 PROGRAM = """
 import pathlib, sys
 from grit_jax.data import parts, tokenization, tokenizer, workers
@@ -492,7 +492,7 @@ tokenization.tokenize(
   tokenizer.load_tokenizer(folder / "tokenizer.model"),
   folder / sys.argv[2],
   parts.Settings(**{settings!r}),
-  2,
+  int(sys.argv[3]),
 )
 """
 
@@ -504,9 +504,9 @@ def start(tmp_path: pathlib.Path, model_bytes: bytes) -> Callable:
   write_lines(tmp_path / 'a.jsonl', make_records(800))
   program = PROGRAM.format(settings=SETTINGS)
 
-  def run(folder: str) -> subprocess.Popen:
+  def run(folder: str, workers: int) -> subprocess.Popen:
     return subprocess.Popen(
-      [sys.executable, '-c', program, str(tmp_path), folder],
+      [sys.executable, '-c', program, str(tmp_path), folder, str(workers)],
       cwd=ROOT,
       stderr=subprocess.PIPE,
       text=True,
@@ -537,8 +537,10 @@ def list_parts(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(folder.glob('*.incomplete/part-?????'))
 
 
-def test_a_kill_costs_only_the_parts_that_are_not_whole(start, tmp_path):
-  process = start('killed')
+def test_a_kill_costs_only_the_parts_that_are_not_whole(
+  start, tokenize, tmp_path, monkeypatch
+):
+  process = start('killed', workers=2)
   wait_for(lambda: len(list_parts(tmp_path / 'killed')) > 3)
   children = list_children(process)
   process.kill()
@@ -552,9 +554,9 @@ def test_a_kill_costs_only_the_parts_that_are_not_whole(start, tmp_path):
   assert list_whole(tmp_path / 'killed') == []
   # Nobody is left who would write.
   wait_for(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in children))
+  monkeypatch.setattr(parts, 'PART_RECORDS', 20)
   for folder in 'killed', 'other':
-    process = start(folder)
-    assert process.communicate()[1] == '' and process.returncode == 0
+    tokenize([FileSource(tmp_path / 'a.jsonl')], folder)
   killed = read_files(tmp_path / 'killed')
   assert killed == read_files(tmp_path / 'other')
   # A file that was moved is the same file.
@@ -566,8 +568,10 @@ def test_a_kill_costs_only_the_parts_that_are_not_whole(start, tmp_path):
   assert len(moved) == 40
 
 
-def test_a_killed_worker_ends_the_run_in_one_message(start, tmp_path):
-  process = start('killed')
+def test_a_killed_worker_ends_the_run_in_one_message(
+  start, tokenize, tmp_path, monkeypatch
+):
+  process = start('killed', workers=2)
   wait_for(lambda: list_parts(tmp_path / 'killed'))
   os.kill(list_children(process)[0], signal.SIGKILL)
   error = process.communicate(timeout=100)[1]
@@ -577,14 +581,15 @@ def test_a_killed_worker_ends_the_run_in_one_message(start, tmp_path):
     'killed'
   )
   assert list_whole(tmp_path / 'killed') == []
-  process = start('killed')
-  assert process.wait() == 0
+  monkeypatch.setattr(parts, 'PART_RECORDS', 20)
+  tokenize([FileSource(tmp_path / 'a.jsonl')], 'killed')
   assert len(list_whole(tmp_path / 'killed')) == 1
 
 
 def test_several_processes_prepare_once(start, tmp_path):
-  processes = [start('same') for _ in range(2)]
-  assert [process.wait() for process in processes] == [0, 0]
+  processes = [start('same', workers=1) for _ in range(2)]
+  ends = [(*process.communicate(), process.returncode) for process in processes]
+  assert ends == [(None, '', 0)] * 2
   (whole,) = list_whole(tmp_path / 'same')
   assert not list((tmp_path / 'same').glob('*.incomplete'))
 
@@ -653,7 +658,7 @@ def test_processes_do_not_import_the_main_module(tmp_path, model_bytes):
   path = os.pathsep.join([str(ROOT), *sys.path])
   environment = dict(os.environ, PYTHONPATH=path)
   subprocess.run(
-    [sys.executable, '-m', 'started', str(tmp_path), 'prepared'],
+    [sys.executable, '-m', 'started', str(tmp_path), 'prepared', '2'],
     cwd=tmp_path,
     env=environment,
     check=True,
