@@ -42,10 +42,15 @@ CONFIG = Config(
 
 @pytest.fixture(scope='module', autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-  """Where all tests here would keep compiled programs."""
+  """Where all tests here would keep compiled programs.
+
+  The environment has settings of other compilers too.
+  """
   folder = tmp_path_factory.mktemp('aot') / 'cache'
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    patch.setenv('XLA_FLAGS', '--xla_of_another_compiler=1')
     yield folder
 
 
