@@ -9,7 +9,6 @@ from typing import TypedDict
 from absl import logging
 from etils import epath
 
-from grit_jax import processes
 from grit_jax.config import Config
 from grit_jax.data import records
 from grit_jax.data.dataset import (
@@ -78,6 +77,9 @@ def train_or_load_tokenizer(
     if isinstance(source, PreparedSource):
       return source.load_tokenizer()
     raw.append(source)
+  # Here alone, for it imports JAX, which preparing data does without.
+  from grit_jax import processes
+
   path = workdir / 'tokenizer.model'
   while not path.exists() and not processes.is_first():
     time.sleep(_POLL_SECONDS)
