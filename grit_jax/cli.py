@@ -9,6 +9,7 @@ package and keeps its traceback.
 
 import argparse
 import difflib
+import os
 import runpy
 import signal
 import sys
@@ -16,13 +17,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
 import ml_collections
 from absl import flags as absl_flags
 from absl import logging
 from ml_collections import config_flags
 
-from grit_jax import processes
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.logs import quiet_libraries
 
@@ -95,15 +94,17 @@ def run(
     _fail(str(error), 1, flags)
   except BrokenPipeError:
     # Who read the output has gone, as `head` does.
-    processes.end('', 128 + signal.SIGPIPE)
+    _end('', 128 + signal.SIGPIPE)
   except OSError as error:
     _fail(describe_os_error(error), 1, flags)
   except MemoryError as error:
     _fail(_describe_memory(error, less_memory), 1, flags)
-  except jax.errors.JaxRuntimeError as error:
+  except RuntimeError as error:
+    if type(error).__name__ != 'JaxRuntimeError':
+      raise
     if 'RESOURCE_EXHAUSTED' in str(error):
       _fail(_describe_memory(error, less_memory), 1, flags)
-    if not jax.distributed.is_initialized():
+    if not _has_peers():
       raise
     _fail(
       'the processes of the run cannot work together any more; another one may '
@@ -113,7 +114,7 @@ def run(
       flags,
     )
   except KeyboardInterrupt:
-    processes.end(f'grit_jax: {stopped}', 128 + signal.SIGINT)
+    _end(f'grit_jax: {stopped}', 128 + signal.SIGINT)
 
 
 def parse_positive(text: str) -> int:
@@ -149,10 +150,31 @@ def parse_given(text: str) -> str:
   return text
 
 
-def _fail(message: str, status: int, flags: argparse.Namespace) -> None:
+def _fail(message: str, status: int, flags: argparse.Namespace) -> NoReturn:
   if flags.verbosity > 0:
     traceback.print_exc()
-  processes.end(f'{_PREFIX} {message}', status)
+  _end(f'{_PREFIX} {message}', status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+  """Ends this process, and so the others of a run.
+
+  At a usual exit JAX would wait for the others, which wait for this one.
+  """
+  logging.flush()
+  if message:
+    print(message, file=sys.stderr, flush=True)
+  if _has_peers():
+    os._exit(status)
+  sys.exit(status)
+
+
+def _has_peers() -> bool:
+  """Whether this is one of several processes, by a JAX that is in use."""
+  jax = sys.modules.get('jax')
+  return bool(
+    jax and jax.distributed.is_initialized() and jax.process_count() > 1
+  )
 
 
 def describe_os_error(error: OSError) -> str:

@@ -6,14 +6,11 @@ needs nothing.
 """
 
 import hashlib
-import os
 import signal
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from grit_jax.errors import UserError
@@ -104,19 +101,6 @@ def check_equal(what: str, value: str) -> None:
       f'{what}: that of process {", ".join(map(str, others))} is not that of '
       'process 0.'
     )
-
-
-def end(message: str, status: int) -> NoReturn:
-  """Ends this process with a message and an exit code, and so the others.
-
-  At a usual exit JAX would wait for the others, which wait for this one.
-  """
-  logging.flush()
-  if message:
-    print(message, file=sys.stderr, flush=True)
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
-    os._exit(status)
-  sys.exit(status)
 
 
 class StopOnSignal:
