@@ -6,11 +6,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 import pytest
+from file_sizes import limit_file_sizes
 from safetensors.numpy import load_file
 
 from grit_jax.checkpoint import CheckpointError
@@ -351,7 +351,7 @@ def test_damaged_weights_are_named(tmp_path, write_run):
   assert files_in(tmp_path) == {'run'}
 
 
-# Exports slowly; says when the first weights are written.
+# Exports slowly, again after an interruption; says when weights are written.
 SLOWLY = """
 import sys, time
 from grit_jax.convert import to_hf
@@ -361,44 +361,45 @@ def slow(*arguments):
   time.sleep(0.2)
   return cast(*arguments)
 to_hf._cast = slow
+try:
+  to_hf.to_hf(sys.argv[1], sys.argv[2])
+except KeyboardInterrupt:
+  print('interrupted', flush=True)
+sys.stdin.readline()
 to_hf.to_hf(sys.argv[1], sys.argv[2])
 """
 
 
-def start(script: str, *arguments: pathlib.Path) -> subprocess.Popen:
-  return subprocess.Popen(
-    [sys.executable, '-c', script, *map(str, arguments)],
+def test_a_stopped_export_leaves_nothing_that_hinders_the_next(
+  tmp_path, write_run
+):
+  write_run(tmp_path / 'run', CONFIG)
+  process = subprocess.Popen(
+    [sys.executable, '-c', SLOWLY, tmp_path / 'run', tmp_path / 'out'],
     cwd=ROOT,
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
     text=True,
   )
+  with process:
 
+    def send(number: int) -> None:
+      for _ in range(2):
+        assert process.stdout.readline() == 'writing\n'
+      assert files_in(tmp_path) == {'run', '.out.partial'}
+      process.send_signal(number)
 
-@pytest.fixture
-def interrupt(tmp_path, write_run) -> Callable[[int], int]:
-  """Sends a signal while weights are written; returns the exit status."""
-
-  def send(number: int) -> int:
-    write_run(tmp_path / 'run', CONFIG)
-    process = start(SLOWLY, tmp_path / 'run', tmp_path / 'out')
-    for _ in range(2):
-      assert process.stdout.readline() == 'writing\n', process.communicate()[1]
-    assert files_in(tmp_path) == {'run', '.out.partial'}
-    process.send_signal(number)
-    process.communicate()
-    return process.returncode
-
-  return send
-
-
-def test_an_interrupted_export_leaves_nothing(tmp_path, interrupt):
-  assert interrupt(signal.SIGINT) == -signal.SIGINT
-  assert files_in(tmp_path) == {'run'}
-
-
-def test_a_killed_export_is_cleared_away_by_the_next(tmp_path, interrupt):
-  assert interrupt(signal.SIGKILL) == -signal.SIGKILL
+    # An interrupted one clears away what it has written,
+    send(signal.SIGINT)
+    while (line := process.stdout.readline()) == 'writing\n':
+      pass
+    assert line == 'interrupted\n'
+    assert files_in(tmp_path) == {'run'}
+    process.stdin.write('go on\n')
+    process.stdin.flush()
+    # a killed one cannot, and the next does.
+    send(signal.SIGKILL)
+  assert process.returncode == -signal.SIGKILL
   assert files_in(tmp_path) == {'run', '.out.partial'}
   (tmp_path / '.out.partial' / 'stale').touch()
   to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
@@ -408,15 +409,7 @@ def test_a_killed_export_is_cleared_away_by_the_next(tmp_path, interrupt):
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
-  script = (
-    'import resource, sys\n'
-    'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-    'from grit_jax.convert import ConvertError, to_hf\n'
-    'try: to_hf.to_hf(sys.argv[1], sys.argv[2])\n'
-    'except ConvertError as error: sys.exit(f"error: {error}")'
-  )
-  process = start(script, tmp_path / 'run', tmp_path / 'out')
-  _, errors = process.communicate()
-  assert process.returncode == 1
-  assert f'error: {tmp_path}/out cannot be written: File too large' in errors
+  message = f'^{tmp_path}/out cannot be written: File too large'
+  with limit_file_sizes(100_000), pytest.raises(ConvertError, match=message):
+    to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}
