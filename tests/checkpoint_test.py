@@ -1,6 +1,7 @@
 """Tests of checkpoints."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 import signal
@@ -42,9 +43,14 @@ TOKENIZER = {
 TRANSFORMATION = optimizer.make_optimizer(OptimizerConfig(), 10)
 
 
-def abstract_state(**changes: int | str) -> dict:
-  """The state's types under the current mesh."""
-  config = dataclasses.replace(presets.tiny(), **changes)
+def abstract_state(mesh: Mesh, **changes: int | str) -> dict:
+  """The state's types on a mesh; traced once for each mesh and changes."""
+  return _abstract_state(mesh, tuple(changes.items()))
+
+
+@functools.cache
+def _abstract_state(mesh: Mesh, changes: tuple) -> dict:
+  config = dataclasses.replace(presets.tiny(), **dict(changes))
 
   def init() -> dict:
     model = Decoder(config, jax.random.key(0))
@@ -54,7 +60,8 @@ def abstract_state(**changes: int | str) -> dict:
       'step': jnp.zeros((), jnp.int32),
     }
 
-  return jax.eval_shape(init)
+  with jax.set_mesh(mesh):
+    return jax.eval_shape(init)
 
 
 def random_state(mesh: Mesh) -> dict:
@@ -66,8 +73,7 @@ def random_state(mesh: Mesh) -> dict:
     values = np.asarray(100 * rng.standard_normal(x.shape), x.dtype)
     return jax.device_put(values, NamedSharding(mesh, spec))
 
-  with jax.set_mesh(mesh):
-    return jax.tree.map(fill, abstract_state())
+  return jax.tree.map(fill, abstract_state(mesh))
 
 
 def make_iterator() -> grain.DatasetIterator:
@@ -115,7 +121,7 @@ def test_state_is_bitwise_the_same_on_any_mesh(saved, mesh_of, shape):
   workdir, expected = saved
   mesh = mesh_of(*shape)
   with jax.set_mesh(mesh):
-    wanted = abstract_state()
+    wanted = abstract_state(mesh)
     state = find_checkpoint(workdir).restore(wanted)
     assert_equal(state, expected)
     leaves = zip(*map(jax.tree.leaves, (state, wanted)), strict=True)
@@ -135,7 +141,7 @@ def test_the_model_alone_can_be_restored(saved, mesh_of):
   workdir, expected = saved
   mesh = mesh_of(1, 8, 1)
   with jax.set_mesh(mesh):
-    wanted = {'model': abstract_state()['model']}
+    wanted = {'model': abstract_state(mesh)['model']}
     state = find_checkpoint(workdir).restore(wanted)
   assert_equal(state, {'model': expected['model']})
 
@@ -157,7 +163,7 @@ def test_data_config_and_tokenizer_are_restored(saved, mesh_of):
   mesh = mesh_of(1, 8, 1)
   checkpoint = find_checkpoint(workdir)
   with jax.set_mesh(mesh):
-    wanted = {'step': abstract_state()['step']}
+    wanted = {'step': abstract_state(mesh)['step']}
     checkpoint.restore(wanted, iterator)
   assert advance(iterator, 3) == [49, 64, 81]
   assert checkpoint.read_config() == CONFIG
@@ -278,7 +284,7 @@ def check_refused(mesh_of) -> Callable[..., None]:
   def check(workdir: pathlib.Path, *parts: str, **changes: int | str) -> None:
     before = listing(workdir)
     with jax.set_mesh(mesh), pytest.raises(CheckpointError) as error:
-      read_all(workdir, abstract_state(**changes))
+      read_all(workdir, abstract_state(mesh, **changes))
     message = str(error.value)
     assert message.startswith(str(workdir / 'checkpoints' / '7'))
     for part in parts:
