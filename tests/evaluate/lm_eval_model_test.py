@@ -1,8 +1,11 @@
 """lm-eval's runner gives our model the scores that it gives transformers'."""
 
 import collections
+import functools
+import importlib.util
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from grit_jax.evaluate.mistakes import (  # noqa: E402
 )
 from grit_jax.inference.gritlm import GritLM  # noqa: E402
 
-# Sums of up to 500 log-probabilities of two float32 programs.
+# Sums of up to 400 log-probabilities of two float32 programs.
 TOLERANCE = 1e-3
 
 CHAT = [
@@ -39,7 +42,7 @@ CONTEXTS = [
   '<s><|user|>\nWhat is it?\n<|assistant|>\n',
   'a blank at the end ',
   '',
-  'too long ' * 200,
+  'too long ' * 30,
 ]
 CONTINUATIONS = [' A', ' a longer answer', 'yes']
 
@@ -65,10 +68,10 @@ def task_folder(tmp_path_factory) -> pathlib.Path:
   letters = 'ABCD'
   rows = [
     {
-      'question': f'Which of these is number {i}?\nA. {i}\nB. {i + 1}\nAnswer:',
+      'question': f'{i}?\nA. {i}\nB. {i + 1}\nAnswer:',
       'choices': [letters[i % 4], letters[(i + 1) % 4], 'neither of both'],
       'answer': i % 3,
-      'text': f'The numbers {i} and {i + 1} follow each other. ' * 20,
+      'text': f'The numbers {i} and {i + 1} follow each other. ' * 8,
     }
     for i in range(8)
   ]
@@ -123,9 +126,32 @@ def distinct(references, predictions, k):
 
 
 @pytest.fixture(scope='module')
-def manager(task_folder: pathlib.Path) -> TaskManager:
+def make_manager() -> Callable[..., TaskManager]:
+  """Makes one that knows lm-eval's tasks and a folder's; of each folder once.
+
+  It reads the 13,000 files that come with lm-eval.
+  """
+  return functools.cache(TaskManager)
+
+
+@pytest.fixture(scope='module')
+def manager(task_folder: pathlib.Path, make_manager: Callable) -> TaskManager:
   """Knows lm-eval's tasks and these."""
-  return TaskManager(include_path=str(task_folder))
+  return make_manager(include_path=str(task_folder))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def environment_is_described_once():
+  """Runs pip and others once, whose words lm-eval has in each result."""
+  if importlib.util.find_spec('torch') is None:
+    yield
+    return
+  from torch.utils import collect_env
+
+  with pytest.MonkeyPatch.context() as patch:
+    once = functools.cache(collect_env.get_pretty_env_info)
+    patch.setattr(collect_env, 'get_pretty_env_info', once)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +192,7 @@ def test_rolling_likelihoods_are_those_of_transformers(
 ):
   # Otherwise it has BOS before the text twice.
   monkeypatch.setattr(theirs, 'add_bos_token', False)
-  texts = [('one window',), ('several windows, ' * 100,)]
+  texts = [('one window',), ('several windows, ' * 30,)]
   found = ask(ours, 'loglikelihood_rolling', *texts)
   expected = ask(theirs, 'loglikelihood_rolling', *texts)
   np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=1e-6)
@@ -282,9 +308,9 @@ def test_what_is_done_is_not_done_again(ours, manager, tmp_path, monkeypatch):
 def test_draws_of_a_context_differ_and_come_again(ours):
   request = (CONTEXTS[1], {'do_sample': True, 'temperature': 2.0, 'top_p': 0.95,
                            'max_gen_toks': 6, 'until': []})  # fmt: skip
-  texts = ask(ours, 'generate_until', *[request] * 6)
-  assert len(set(texts)) == 6
-  assert ask(ours, 'generate_until', *[request] * 6) == texts
+  texts = ask(ours, 'generate_until', *[request] * 4)
+  assert len(set(texts)) == 4
+  assert ask(ours, 'generate_until', *[request] * 4) == texts
 
 
 def test_generation_arguments_are_read_or_refused():
@@ -304,13 +330,13 @@ def test_generation_arguments_are_read_or_refused():
 
 
 def test_what_is_too_long_is_refused(ours, random_run):
-  long = {'max_gen_toks': 512, 'until': []}
-  with pytest.raises(UnfitTaskError, match='max_gen_toks=512 leaves no room'):
+  long = {'max_gen_toks': 128, 'until': []}
+  with pytest.raises(UnfitTaskError, match='max_gen_toks=128 leaves no room'):
     ask(ours, 'generate_until', ('a', long))
-  with pytest.raises(UnfitTaskError, match='tokens, not 1 to max_length=512'):
-    ask(ours, 'loglikelihood', ('a', 'b ' * 600))
-  with pytest.raises(UnfitTaskError, match='more than the 512 positions'):
-    LanguageModel(ours.model, max_length=513)
+  with pytest.raises(UnfitTaskError, match='tokens, not 1 to max_length=128'):
+    ask(ours, 'loglikelihood', ('a', 'b ' * 150))
+  with pytest.raises(UnfitTaskError, match='more than the 128 positions'):
+    LanguageModel(ours.model, max_length=129)
 
 
 def test_benchmarks_are_as_in_the_paper(ours, manager, monkeypatch):
@@ -339,22 +365,25 @@ def test_benchmarks_are_as_in_the_paper(ours, manager, monkeypatch):
   )
   context, continuation = task.instances[0].args
   assert context == (
-    '<s><|user|>\nChoose.\n\nWhich of these is number 0?\nA. 0\nB. 1\nAnswer:'
+    '<s><|user|>\nChoose.\n\n0?\nA. 0\nB. 1\nAnswer:'
     '\n<|assistant|>\nThe answer is:'
   )
   assert continuation == ' A'
 
 
-def test_command_prints_scores(task_folder, random_run, tmp_path, capsys):
+def test_command_prints_scores(
+  task_folder, make_manager, random_run, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr('lm_eval.tasks.TaskManager', make_manager)
   flags = command.parse_flags(
     [
       'evaluate', 'lm', f'--model={random_run}', '--tasks=local_choice',
-      f'--output={tmp_path}', f'--task_folder={task_folder}', '--limit=4',
+      f'--output={tmp_path}', f'--task_folder={task_folder}', '--limit=8',
     ]
   )  # fmt: skip
   command.main(flags)
   assert 'local_choice' in capsys.readouterr().out
-  (file,) = tmp_path.rglob('local_choice-first-4.json')
+  (file,) = tmp_path.rglob('local_choice-first-8.json')
   assert file.parts[-4:-2] == ('lm', 'run')
 
 

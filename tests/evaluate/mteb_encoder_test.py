@@ -176,10 +176,13 @@ class Recorder:
     return found
 
 
-def test_scores_are_those_of_pytorch(tasks, random_run, exported, tmp_path):
-  ours = Recorder(
-    mteb_encoder.Encoder(GritLM.load(random_run), 'run', max_length=64)
-  )
+@pytest.fixture(scope='module')
+def model(random_run: pathlib.Path) -> GritLM:
+  return GritLM.load(random_run)
+
+
+def test_scores_are_those_of_pytorch(tasks, model, exported, tmp_path):
+  ours = Recorder(mteb_encoder.Encoder(model, 'run', max_length=64))
   theirs = Recorder(Reference(exported))
   found = mteb_encoder.evaluate(ours, tasks, tmp_path / 'ours', batch_size=4)
   expected = mteb_encoder.evaluate(theirs, tasks, tmp_path / 'theirs')
@@ -193,8 +196,7 @@ def test_scores_are_those_of_pytorch(tasks, random_run, exported, tmp_path):
     np.testing.assert_allclose(one, other, atol=EMBEDDING_TOLERANCE)
 
 
-def test_finished_tasks_are_not_run_again(tasks, random_run, tmp_path):
-  model = GritLM.load(random_run)
+def test_finished_tasks_are_not_run_again(tasks, model, tmp_path):
   first = Recorder(mteb_encoder.Encoder(model, 'run', max_length=64))
   before = mteb_encoder.evaluate(first, tasks[:2], tmp_path)
   files = sorted(
@@ -237,8 +239,8 @@ def test_finished_tasks_are_not_run_again(tasks, random_run, tmp_path):
      'summaries', None),
   ],
 )  # fmt: skip
-def test_instructions_are_the_papers(random_run, name, queries, documents):
-  encoder = mteb_encoder.Encoder(GritLM.load(random_run), 'run')
+def test_instructions_are_the_papers(model, name, queries, documents):
+  encoder = mteb_encoder.Encoder(model, 'run')
   metadata = mteb.get_task(name).metadata
   for kind, expected in (
     (None if documents is None else PromptType.query, queries),
