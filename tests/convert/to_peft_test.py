@@ -1,6 +1,7 @@
 """Exports of adapters: in PEFT on the Hugging Face base, and merged."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -86,11 +87,15 @@ def write_adapters(
     init_from=str(base),
   )
   rng = np.random.default_rng(1)
+
+  def draw() -> Decoder:
+    key = jax.random.key(0)
+    return split_trained(add_adapters(Decoder(model, key), lora, key))[0]
+
   with jax.set_mesh(make_mesh()):
-    plain = jax.jit(lambda key: Decoder(model, key))(jax.random.key(0))
-    trained, _ = split_trained(add_adapters(plain, lora, jax.random.key(0)))
     trained = jax.tree.map(
-      lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), trained
+      lambda x: 0.3 * rng.standard_normal(x.shape, np.float32),
+      jax.eval_shape(draw),
     )
     with Checkpoints(workdir, 1) as checkpoints:
       checkpoints.save(
@@ -107,6 +112,12 @@ def draw_tokens() -> np.ndarray:
   return np.random.default_rng(0).integers(3, 400, size=(4, LENGTH))
 
 
+@jax.jit
+def run_rows(model: Decoder, rows: Rows) -> tuple[jax.Array, jax.Array]:
+  [states] = model([rows], [Kind.CAUSAL])
+  return model.logits(states, model.gather_head()), states.mean(axis=1)
+
+
 def run_ours(model: Decoder) -> tuple[np.ndarray, np.ndarray]:
   """Logits, and the mean of the last states, of four texts."""
   mesh = jax.sharding.get_mesh()
@@ -114,16 +125,16 @@ def run_ours(model: Decoder) -> tuple[np.ndarray, np.ndarray]:
   positions = np.tile(np.arange(LENGTH, dtype=np.int32), (4, 1))
   rows = Rows(tokens, np.ones_like(tokens), positions, tokens < 0)
   rows = jax.tree.map(lambda x: sharding.place(mesh, x, 'rows', 'seq'), rows)
-
-  @jax.jit
-  def run(model: Decoder) -> tuple:
-    [states] = model([rows], [Kind.CAUSAL])
-    return model.logits(states, model.gather_head()), states.mean(axis=1)
-
-  logits, embeddings = run(model)
+  logits, embeddings = run_rows(model, rows)
   return np.asarray(logits)[..., : model.config.vocab_size], np.asarray(
     embeddings
   )
+
+
+@functools.cache
+def run_unmerged(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  with jax.set_mesh(make_mesh()):
+    return run_ours(load_unmerged(open_initial(workdir)))
 
 
 def run_theirs(model) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +162,7 @@ def test_peft_on_the_base_gives_our_logits_and_embeddings(
   before = run_theirs(plain)
   adapted = peft.PeftModel.from_pretrained(plain, tmp_path / 'peft').eval()
   found = run_theirs(adapted)
-  with jax.set_mesh(make_mesh()):
-    expected = run_ours(load_unmerged(open_initial(workdir)))
+  expected = run_unmerged(workdir)
   for ours, theirs, unadapted in zip(expected, found, before, strict=True):
     scale = np.abs(ours).max()
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE * scale)
@@ -170,8 +180,7 @@ def test_the_merged_export_gives_our_logits_and_embeddings(
   assert HfFolder(tmp_path / 'hf').config.lora == LoraConfig()
   load = transformers.AutoModelForCausalLM.from_pretrained
   found = run_theirs(load(tmp_path / 'hf', dtype='float32').eval())
-  with jax.set_mesh(make_mesh()):
-    expected = run_ours(load_unmerged(open_initial(workdir)))
+  expected = run_unmerged(workdir)
   for ours, theirs in zip(expected, found, strict=True):
     scale = np.abs(ours).max()
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE * scale)
@@ -180,9 +189,8 @@ def test_the_merged_export_gives_our_logits_and_embeddings(
 @pytest.mark.parametrize('kind', ['llama', 'mixtral'])
 def test_a_model_that_is_merged_as_it_is_read_is_the_unmerged_one(runs, kind):
   base, workdir = runs(kind)
-  initial = open_initial(workdir)
+  initial, expected = open_initial(workdir), run_unmerged(workdir)
   with jax.set_mesh(make_mesh()):
-    expected = run_ours(load_unmerged(initial))
     key = jax.random.key(0)
     found = run_ours(load_model(initial.config, initial, key))
     plain = run_ours(load_model(initial.config, open_initial(base), key))

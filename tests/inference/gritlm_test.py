@@ -30,9 +30,9 @@ TEXTS = [
   'a',
   'Uneven lengths, of texts that share a batch, change nothing.',
   'Bytes: ünïcödé 🙂, and\n\nnewlines\tand tabs',
-  'word ' * 150,
+  'word ' * 64,
   'A literal </s> in the text is the token.',
-  'two words ' * 60,
+  'two words ' * 30,
 ]
 INSTRUCTION = 'Find the answer: to the question'
 
@@ -56,21 +56,28 @@ def encoded(model: GritLM) -> np.ndarray:
   return model.encode(TEXTS, max_length=1024)
 
 
+@pytest.fixture(scope='module')
+def exported(checkpoint: pathlib.Path) -> pathlib.Path:
+  """The same model in a Hugging Face folder."""
+  folder = checkpoint.parent / 'hf'
+  to_hf(checkpoint, folder, None, MAX_SHARD_BYTES)
+  return folder
+
+
 @pytest.mark.parametrize('instruction', ['', INSTRUCTION])
 def test_embeddings_are_those_of_the_pytorch_package(
-  checkpoint: pathlib.Path, tmp_path: pathlib.Path, instruction: str
+  exported: pathlib.Path, instruction: str
 ):
   torch = pytest.importorskip('torch')
   gritlm = pytest.importorskip('gritlm')
-  to_hf(checkpoint, tmp_path / 'hf', None, MAX_SHARD_BYTES)
   theirs = gritlm.GritLM(
-    str(tmp_path / 'hf'), mode='embedding', torch_dtype=torch.float32
+    str(exported), mode='embedding', torch_dtype=torch.float32
   )
   user = f'<|user|>\n{instruction}\n' if instruction else ''
   expected = theirs.encode(
     TEXTS, instruction=f'{user}<|embed|>\n', max_length=100
   )
-  ours = GritLM.load(tmp_path / 'hf')
+  ours = GritLM.load(exported)
   found = ours.encode(TEXTS, instruction=instruction, max_length=100)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, expected, atol=TOLERANCE)
@@ -112,13 +119,11 @@ def test_rows_are_little_longer_than_their_longest_text():
   assert len(set(lengths.values())) == 18
 
 
-@pytest.mark.parametrize(
-  'mesh', [MeshConfig(fsdp=-1), MeshConfig(data=2, fsdp=2, tensor=2)]
-)
 def test_embeddings_are_the_same_on_a_mesh(
-  checkpoint: pathlib.Path, encoded: np.ndarray, mesh: MeshConfig
+  checkpoint: pathlib.Path, encoded: np.ndarray
 ):
-  model = GritLM.load(checkpoint, mesh=mesh)
+  model = GritLM.load(checkpoint, mesh=MeshConfig(data=2, fsdp=-1, tensor=2))
+  assert model.mesh.shape['fsdp'] == 2 and model.mesh.size == 8
   found = model.encode(TEXTS, max_length=1024)
   np.testing.assert_allclose(found, encoded, atol=TOLERANCE)
 
@@ -146,14 +151,14 @@ def test_int8_weights_keep_the_directions(
 
 
 def test_an_instruction_may_be_formatted_as_in_the_pytorch_package(
-  model: GritLM,
+  model: GritLM, encoded: np.ndarray
 ):
   found = model.encode_queries(
     TEXTS, instruction=f'<|user|>\n{INSTRUCTION}\n<|embed|>\n'
   )
   expected = model.encode_queries(TEXTS, instruction=INSTRUCTION)
   np.testing.assert_array_equal(found, expected)
-  assert np.abs(found - model.encode_queries(TEXTS)).max() > 0.01
+  assert np.abs(found - encoded).max() > 0.01
 
 
 def test_titles_of_a_corpus_stand_before_their_texts(model: GritLM):

@@ -13,7 +13,7 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.models.presets import tiny
 
 MODEL = dataclasses.replace(
-  tiny(), vocab_size=PIECES, num_layers=3, rope_theta=500.0, max_positions=1024
+  tiny(), vocab_size=PIECES, rope_theta=500.0, max_positions=1024
 )
 
 

@@ -138,8 +138,8 @@ def test_caches_are_the_documents_and_their_size_is_told(
     *INDEX_FLAGS, '--caches=doc-caching',
   )  # fmt: skip
   shown = capsys.readouterr().out
-  # 2 * 3 layers * 2 heads * 10 numbers of 2 bytes.
-  assert f'{tokens} tokens in bfloat16: 240 B a token' in shown
+  # 2 * 2 layers * 2 heads * 10 numbers of 2 bytes.
+  assert f'{tokens} tokens in bfloat16: 160 B a token' in shown
   assert '0 B of that yet to write' in shown
 
 

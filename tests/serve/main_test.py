@@ -25,7 +25,9 @@ from grit_jax.serve.__main__ import (  # noqa: E402
   serve,
 )
 
-MODEL = dataclasses.replace(presets.tiny(), vocab_size=407, max_positions=256)
+MODEL = dataclasses.replace(
+  presets.tiny(), vocab_size=407, num_layers=1, max_positions=128
+)
 # Seconds for a process that imports JAX and compiles, on a busy machine.
 PATIENCE = 300
 
