@@ -26,7 +26,9 @@ def random_run(tmp_path_factory) -> pathlib.Path:
   """The folder of a checkpoint."""
   folder = tmp_path_factory.mktemp('random') / 'run'
   config = Config(
-    model=dataclasses.replace(tiny(), vocab_size=PIECES, max_positions=128),
+    model=dataclasses.replace(
+      tiny(), vocab_size=PIECES, num_layers=1, max_positions=128
+    ),
     data=DataConfig(paths='pairs.jsonl'),
   )
   rng = np.random.default_rng(0)
