@@ -149,6 +149,8 @@ WRITE_MUCH = """
     write_checkpoint(sys.argv[1], {'x': array}, {}, {})
   except KeyboardInterrupt:
     print('interrupted', flush=True)
+  else:
+    sys.exit('it was not interrupted')
   write_checkpoint(sys.argv[1], {'x': array}, {}, {})
 """
 

@@ -365,6 +365,8 @@ try:
   to_hf.to_hf(sys.argv[1], sys.argv[2])
 except KeyboardInterrupt:
   print('interrupted', flush=True)
+else:
+  sys.exit('it was not interrupted')
 sys.stdin.readline()
 to_hf.to_hf(sys.argv[1], sys.argv[2])
 """
