@@ -21,7 +21,7 @@ DOCUMENTS = [
 def model(tmp_path_factory, write_hf) -> pathlib.Path:
   """A Hugging Face folder with random weights."""
   folder = tmp_path_factory.mktemp('root') / 'model'
-  write_hf(folder)
+  write_hf(folder, num_hidden_layers=1)
   return folder
 
 
@@ -97,7 +97,7 @@ def test_other_weights_do_not_go_on_and_a_copy_of_the_same_does(
   copy = tmp_path / 'copy'
   shutil.copytree(model, copy)
   run(copy, corpus, tmp_path / 'index')
-  write_hf(tmp_path / 'other', seed=1)
+  write_hf(tmp_path / 'other', seed=1, num_hidden_layers=1)
   monkeypatch.setattr(GritLM, 'load', None)
   with pytest.raises(SystemExit, match='error: .*another content of model'):
     run(tmp_path / 'other', corpus, tmp_path / 'index')

@@ -86,8 +86,10 @@ def tied(rng: np.random.Generator) -> np.ndarray:
   return np.where(nudged, np.nextafter(x, np.float32(1)), x)
 
 
-@pytest.mark.parametrize('sizes', [None, (1, 1, 1), (8, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize('block_rows', [4, 2048])
+@pytest.mark.parametrize(
+  ('sizes', 'block_rows'),
+  [(None, 4), ((1, 1, 1), 2048), ((8, 1, 1), 4), ((1, 4, 2), 2048)],
+)
 def test_search_is_the_definition_on_any_mesh_with_ties(
   tmp_path, rng, tied, mesh_of, monkeypatch, sizes, block_rows
 ):

@@ -17,6 +17,20 @@ def draw_logits(rows: int, size: int) -> np.ndarray:
   return (3 * rng.standard_normal((rows, size))).astype('float32')
 
 
+keep_likely = jax.jit(sampling.keep_likely)
+
+
+@jax.jit
+def choose_by_seeds(
+  logits: jax.Array, seeds: jax.Array, *settings: jax.Array
+) -> jax.Array:
+  """Chooses each row's first token; settings in the order of `choose`."""
+  keys = jax.vmap(jax.random.key)(seeds)
+  return sampling.choose(
+    logits, keys, jnp.zeros_like(seeds, jnp.int32), *settings
+  )
+
+
 @pytest.mark.parametrize(
   ('top_k', 'top_p'), [(0, 0.5), (5, 1.0), (7, 0.9), (1, 0.3), (0, 1e-6)]
 )
@@ -29,30 +43,29 @@ def test_likely_tokens_are_those_of_transformers(top_k: int, top_p: float):
     expected = transformers.TopKLogitsWarper(top_k)(None, expected)
   if top_p < 1:
     expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-  kept = sampling.keep_likely(
+  kept = keep_likely(
     logits, np.full(6, top_k, np.int32), np.full(6, top_p, np.float32)
   )
   np.testing.assert_array_equal(kept, expected.numpy())
 
 
 def test_each_row_has_its_own_settings():
-  logits = draw_logits(3, 50)
-  kept = sampling.keep_likely(
-    logits, np.array([0, 3, 0]), np.array([1.0, 1.0, 1e-6], np.float32)
-  )
-  assert np.isfinite(kept).sum(axis=1).tolist() == [50, 3, 1]
+  logits = draw_logits(6, 50)
+  top_k, top_p = np.zeros(6, np.int32), np.ones(6, np.float32)
+  top_k[1], top_p[2] = 3, 1e-6
+  kept = keep_likely(logits, top_k, top_p)
+  assert np.isfinite(kept).sum(axis=1).tolist() == [50, 3, 1, 50, 50, 50]
 
 
 def choose(logits: np.ndarray, seeds: np.ndarray, **settings: float):
   rows = len(logits)
   columns = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | settings
-  return jax.jit(sampling.choose)(
+  return choose_by_seeds(
     logits,
-    jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
-    jnp.zeros(rows, jnp.int32),
-    jnp.full(rows, columns['temperature'], jnp.float32),
-    jnp.full(rows, columns['top_k'], jnp.int32),
-    jnp.full(rows, columns['top_p'], jnp.float32),
+    seeds.astype(np.uint32),
+    np.full(rows, columns['temperature'], np.float32),
+    np.full(rows, columns['top_k'], np.int32),
+    np.full(rows, columns['top_p'], np.float32),
   )
 
 
