@@ -12,9 +12,8 @@ def test_it_is_that_of_the_weights_and_settings(random_run):
   model = GritLM.load(random_run)
   name = fingerprint(model, max_length=8)
   assert len(name) == 12 and int(name, 16)
-  meshes = MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, data=2)
-  for mesh in meshes:
-    assert fingerprint(GritLM.load(random_run, mesh=mesh), max_length=8) == name
+  mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+  assert fingerprint(GritLM.load(random_run, mesh=mesh), max_length=8) == name
   others = [
     fingerprint(model, max_length=9),
     fingerprint(GritLM.load(random_run, attention='cccc'), max_length=8),

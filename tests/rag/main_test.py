@@ -21,7 +21,6 @@ NOTES = '\n\n'.join(
     ('Alan', 'Manchester', 'options'),
     ('Grace', 'New York', 'actions'),
     ('Edsger', 'Rotterdam', 'groups'),
-    ('Barbara', 'Boston', 'errors'),
   ]
 )
 # Half of the last of bfloat16's 8 bits.
