@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,6 +58,9 @@ class MetricsWriter:
     if path.exists():
       _keep_until(path, start_step)
     self._file = _CloudFile(path) if _in_cloud(path) else open(path, 'a')
+    # Here: it imports PyTorch where there is one, which takes seconds.
+    import tensorboardX
+
     self._tensorboard = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'),
       purge_step=start_step + 1 if start_step else 0,

@@ -8,7 +8,6 @@ import tensorboardX
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from grit_jax import metrics
 from grit_jax.config import ProfileConfig
 from grit_jax.metrics import MetricsWriter, plot_losses
 from grit_jax.profile import Profile
@@ -43,7 +42,7 @@ def bucket(monkeypatch, tmp_path):
     opened.append(folder)
     return writer(str(tmp_path / 'tensorboard'), **options)
 
-  monkeypatch.setattr(metrics.tensorboardX, 'SummaryWriter', open_writer)
+  monkeypatch.setattr(tensorboardX, 'SummaryWriter', open_writer)
   yield opened
   # Nothing was taken for the name of a local file.
   assert not (tmp_path / 'gs:').exists()
