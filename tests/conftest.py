@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 # Tests compile much and compute little: XLA's settings that compile fast. All
 # settings are environment variables, for the commands that tests start too.
@@ -83,6 +84,17 @@ def one_device(mesh_of: Callable) -> Mesh:
   mesh = mesh_of(1, 1, 1)
   with jax.set_mesh(mesh):
     yield mesh
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory) -> NamedTuple:
+  """What the training command leaves of a small run: one for all tests."""
+  from small_run import train_once
+
+  place = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    place = place.parent
+  return train_once(place / 'trained')
 
 
 @pytest.fixture(scope='session')

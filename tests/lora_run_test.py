@@ -9,9 +9,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-from small_run import make_config, read_metrics, write_records
+from small_run import Trained, copy_until, read_metrics, run_here
 
-from grit_jax import train
 from grit_jax.checkpoint import CheckpointError, find_checkpoint, flatten
 from grit_jax.config import (
   CheckpointConfig,
@@ -26,50 +25,30 @@ from grit_jax.models.quantization import quantize
 LORA = LoraConfig(rank=4, dropout=0.1, base='nf4')
 
 
-@pytest.fixture(scope='module')
-def base(tmp_path_factory) -> tuple[Config, pathlib.Path]:
-  """The config and the workdir of a short run that trains all weights."""
-  root = tmp_path_factory.mktemp('base')
-  write_records(root)
-  config = make_config(root)
-  # Sizes that divide over eight devices, halved for two to a byte.
-  config = dataclasses.replace(
-    config,
-    model=dataclasses.replace(
-      config.model, embed_dim=48, head_dim=32, mlp_dim=128
-    ),
-    data=dataclasses.replace(config.data, cache_dir=str(root / 'cache')),
-    mesh=MeshConfig(fsdp=4, tensor=2),
-    evaluation=dataclasses.replace(config.evaluation, enabled=False),
-    checkpoint=CheckpointConfig(every_steps=1),
-    steps=2,
-  )
-  train.train(config, root / 'run')
-  return config, root / 'run'
-
-
-def adapt(run: tuple) -> Config:
-  config, workdir = run
+def adapt(trained: Trained) -> Config:
+  """The config of a short run of adapters, on four devices."""
   return dataclasses.replace(
-    config,
-    init_from=str(workdir),
+    trained.config,
+    init_from=str(trained.workdir),
     lora=LORA,
+    mesh=MeshConfig(fsdp=2, tensor=2),
     checkpoint=CheckpointConfig(every_steps=2),
+    evaluation=dataclasses.replace(trained.config.evaluation, enabled=False),
     steps=4,
   )
 
 
 @pytest.fixture(scope='module')
-def adapted(base, tmp_path_factory) -> tuple[Config, pathlib.Path]:
+def adapted(trained, tmp_path_factory) -> tuple[Config, pathlib.Path]:
   """The config and the workdir of a run of adapters on nf4."""
   workdir = tmp_path_factory.mktemp('adapted')
-  config = adapt(base)
+  config = adapt(trained)
   evaluation = dataclasses.replace(config.evaluation, enabled=True)
-  train.train(dataclasses.replace(config, evaluation=evaluation), workdir)
+  run_here(dataclasses.replace(config, evaluation=evaluation), workdir, 4)
   return config, workdir
 
 
-def test_a_run_leaves_adapters_alone_and_names_its_base(base, adapted):
+def test_a_run_leaves_adapters_alone_and_names_its_base(trained, adapted):
   _, workdir = adapted
   checkpoint = find_checkpoint(workdir)
   types = checkpoint.types()
@@ -80,32 +59,30 @@ def test_a_run_leaves_adapters_alone_and_names_its_base(base, adapted):
   assert sum('/blocks/' in path for path in moments) == 28
   assert all('/adapters/' in path for path in moments if 'blocks' in path)
   named = checkpoint.read_base()
-  assert named['init_from'] == str(find_checkpoint(base[1]).folder)
+  assert named['init_from'] == str(find_checkpoint(trained.workdir).folder)
   evaluation = json.loads((workdir / 'evaluation.json').read_text())
   before, after = evaluation['before'], evaluation['after']
   assert after['generative_loss'] < before['generative_loss']
 
 
 def test_a_resumed_run_has_equal_metrics_wherever_its_base_is(
-  base, adapted, tmp_path
+  trained, adapted, tmp_path
 ):
   config, workdir = adapted
-  shutil.copytree(base[1], tmp_path / 'moved')
+  shutil.copytree(trained.workdir, tmp_path / 'moved')
   config = dataclasses.replace(config, init_from=str(tmp_path / 'moved'))
-  copy = tmp_path / 'run'
-  shutil.copytree(workdir, copy)
-  shutil.rmtree(copy / 'checkpoints' / '4')
-  train.train(config, copy)
+  copy = copy_until(2, workdir, tmp_path / 'run')
+  run_here(config, copy, 4)
   assert read_metrics(copy) == read_metrics(workdir)
 
 
-def test_another_base_is_refused(base, adapted):
+def test_another_base_is_refused(trained, adapted):
   config, workdir = adapted
-  # A step earlier: other weights of one architecture.
-  other = base[1] / 'checkpoints' / '1'
+  # Of earlier steps: other weights of one architecture.
+  other = trained.workdir / 'checkpoints' / '2'
   config = dataclasses.replace(config, init_from=str(other))
   with pytest.raises(CheckpointError, match='has other weights than that had'):
-    train.train(config, workdir)
+    run_here(config, workdir, 4)
 
 
 def test_an_unmerged_model_has_the_base_that_it_was_trained_on(
@@ -128,15 +105,15 @@ def test_an_unmerged_model_has_the_base_that_it_was_trained_on(
     np.testing.assert_array_equal(array, saved)
 
 
-def test_adapters_without_a_base_are_refused(base, tmp_path):
-  config = dataclasses.replace(adapt(base), init_from='')
+def test_adapters_without_a_base_are_refused(trained, tmp_path):
+  config = dataclasses.replace(adapt(trained), init_from='')
   with pytest.raises(ConfigError, match='adapters need a base'):
-    train.train(config, tmp_path)
+    run_here(config, tmp_path, 4)
 
 
-def test_a_projection_that_would_not_be_trained_is_refused(base, tmp_path):
-  config = adapt(base)
+def test_a_projection_that_would_not_be_trained_is_refused(trained, tmp_path):
+  config = adapt(trained)
   model = dataclasses.replace(config.model, projection_dim=8)
   config = dataclasses.replace(config, model=model)
   with pytest.raises(ConfigError, match='a new one would not be trained'):
-    train.train(config, tmp_path)
+    run_here(config, tmp_path, 4)

@@ -1,8 +1,10 @@
 """Runs of several real processes, which talk over the loopback."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from small_run import (
   make_config,
   read_metrics,
+  run_here,
   start,
   wait_for_step,
   write_config,
@@ -19,32 +22,37 @@ from small_run import (
 )
 
 from grit_jax import processes
+from grit_jax.config import CheckpointConfig, Config, MeshConfig
 from grit_jax.processes import ProcessError
 from grit_jax.train import STOPPED
 
 DEVICES = 4
-COMMON = (
-  '--config.mesh.data=2',
-  '--config.mesh.fsdp=2',
-  '--config.steps=20',
-  '--config.evaluation.every_steps=8',
-)
-SELDOM = '--config.checkpoint.every_steps=50'
 # The same program on the same mesh: only sums over devices are in another
 # order, in float32.
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope='module')
-def config(tmp_path_factory) -> pathlib.Path:
+def config(tmp_path_factory) -> Config:
   place = tmp_path_factory.mktemp('processes')
-  (place / 'records').mkdir()
-  write_records(place / 'records')
-  return write_config(make_config(place / 'records'), place / 'config.py')
+  write_records(place)
+  config = make_config(place)
+  return dataclasses.replace(
+    config,
+    mesh=MeshConfig(data=2, fsdp=2),
+    checkpoint=CheckpointConfig(every_steps=50),
+    evaluation=dataclasses.replace(config.evaluation, every_steps=8),
+    steps=20,
+  )
 
 
-def start_all(
-  config: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str
+@pytest.fixture(scope='module')
+def config_file(config, tmp_path_factory) -> pathlib.Path:
+  return write_config(config, tmp_path_factory.mktemp('config') / 'config.py')
+
+
+def start_two(
+  config_file: pathlib.Path, workdir: pathlib.Path
 ) -> list[subprocess.Popen]:
   """Starts the processes of a run, which share four devices."""
   with socket.socket() as free:
@@ -52,16 +60,14 @@ def start_all(
     address = f'127.0.0.1:{free.getsockname()[1]}'
   return [
     start(
-      config,
+      config_file,
       workdir,
-      *COMMON,
       f'--coordinator_address={address}',
-      f'--num_processes={count}',
+      '--num_processes=2',
       f'--process_id={number}',
-      *flags,
-      devices=DEVICES // count,
+      devices=DEVICES // 2,
     )
-    for number in range(count)
+    for number in range(2)
   ]
 
 
@@ -74,40 +80,11 @@ def finish(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
   ]
 
 
-def test_processes_train_as_one_and_go_on_in_another_number(config, tmp_path):
-  alone = tmp_path / 'alone'
-  process = start(config, alone, *COMMON, devices=DEVICES)
-  [(code, output)] = finish([process])
-  assert code == 0, output
-
-  run = tmp_path / 'run'
-  # A signal to one of four: all stop at one step, which is saved.
-  four = start_all(config, run, 4, SELDOM)
-  wait_for_step(run, 1, four[0])
-  four[2].send_signal(signal.SIGTERM)
-  (code, output), *others = finish(four)
-  codes = [code, *(code for code, _ in others)]
-  assert codes == [STOPPED] * 4, (output, others)
-  assert 'Stopped by a signal' in output
-  [saved] = os.listdir(run / 'checkpoints')
-
-  # One of two is killed: the other ends too.
-  two = start_all(config, run, 2, SELDOM)
-  wait_for_step(run, int(saved) + 2, two[0])
-  two[1].kill()
-  for number, (code, output) in enumerate(finish(two)):
-    assert code != 0, (number, output)
-
-  (code, output), (other_code, other_output) = finish(
-    start_all(config, run, 2, SELDOM)
-  )
-  assert (code, other_code) == (0, 0), (output, other_output)
-  assert f'Going on from {run}/checkpoints/{saved}' in output
-  # The first alone says what is said once.
-  assert 'generated:' in output and 'generated:' not in other_output
-
+def assert_equal_metrics(
+  workdir: pathlib.Path, reference: pathlib.Path
+) -> None:
   for found, expected in zip(
-    read_metrics(run), read_metrics(alone), strict=True
+    read_metrics(workdir), read_metrics(reference), strict=True
   ):
     assert found.keys() == expected.keys()
     for name in expected:
@@ -115,8 +92,8 @@ def test_processes_train_as_one_and_go_on_in_another_number(config, tmp_path):
         found[name], expected[name], rtol=TOLERANCE, err_msg=name
       )
   found, expected = (
-    json.loads((workdir / 'evaluation.json').read_text())
-    for workdir in (run, alone)
+    json.loads((place / 'evaluation.json').read_text())
+    for place in (workdir, reference)
   )
   for row in expected:
     for name, value in expected[row].items():
@@ -125,9 +102,52 @@ def test_processes_train_as_one_and_go_on_in_another_number(config, tmp_path):
       )
 
 
-def test_processes_with_other_data_end_in_a_message(config, tmp_path):
+@pytest.mark.e2e
+def test_processes_train_as_one_and_go_on_in_another_number(
+  config, config_file, tmp_path
+):
+  run = tmp_path / 'run'
+  # A signal to one of two: both stop at one step, which is saved.
+  two = start_two(config_file, run)
+  wait_for_step(run, 1, two[0])
+  two[1].send_signal(signal.SIGTERM)
+  (code, output), other = finish(two)
+  assert [code, other[0]] == [STOPPED] * 2, (output, other)
+  assert 'Stopped by a signal' in output
+  [saved] = os.listdir(run / 'checkpoints')
+  stopped = tmp_path / 'stopped'
+  shutil.copytree(run, stopped)
+
+  # One is killed: the other ends too.
+  two = start_two(config_file, run)
+  wait_for_step(run, int(saved) + 2, two[0])
+  two[1].kill()
+  for number, (code, output) in enumerate(finish(two)):
+    assert code != 0, (number, output)
+
+  (code, output), (other_code, other_output) = finish(
+    start_two(config_file, run)
+  )
+  assert (code, other_code) == (0, 0), (output, other_output)
+  assert f'Going on from {run}/checkpoints/{saved}' in output
+  # The first alone says what is said once.
+  assert 'generated:' in output and 'generated:' not in other_output
+
+  alone = tmp_path / 'alone'
+  run_here(config, alone, DEVICES)
+  assert_equal_metrics(run, alone)
+  # What two have begun one ends.
+  run_here(config, stopped, DEVICES)
+  assert_equal_metrics(stopped, alone)
+
+
+def test_processes_with_other_data_end_in_a_message(
+  config, config_file, tmp_path
+):
   """Each has a disk of its own, and on one of them the records differ."""
-  lines = (config.parent / 'records' / 'pairs.jsonl').read_text().splitlines()
+  lines = (
+    pathlib.Path(config.data.paths, 'pairs.jsonl').read_text().splitlines()
+  )
   running = []
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -140,10 +160,12 @@ def test_processes_with_other_data_end_in_a_message(config, tmp_path):
     (home / 'records' / 'pairs.jsonl').write_text(text)
     running.append(
       start(
-        config,
+        config_file,
         tmp_path / 'run',
         '--config.objective.mode=embedding',
+        '--config.mesh.data=1',
         '--config.evaluation.enabled=False',
+        '--config.evaluation.every_steps=0',
         '--config.data.paths=records',
         '--config.data.cache_dir=data',
         f'--coordinator_address={address}',

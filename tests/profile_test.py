@@ -59,7 +59,13 @@ def make_config(folder: pathlib.Path, steps: str) -> Config:
 def trace(tmp_path_factory) -> pathlib.Path:
   """The one file that a run leaves which traces its steps 3 and 4."""
   folder = tmp_path_factory.mktemp('run')
-  train.train(make_config(folder, '3-4'), epath.Path(folder / 'run'))
+  # A program of the compilation cache has the names of those who compiled it.
+  in_key = 'jax_compilation_cache_include_metadata_in_key'
+  jax.config.update(in_key, True)
+  try:
+    train.train(make_config(folder, '3-4'), epath.Path(folder / 'run'))
+  finally:
+    jax.config.update(in_key, False)
   [trace] = (folder / 'run' / 'profile').rglob('*.xplane.pb')
   # Where TensorBoard's plugin looks.
   assert trace.parents[1] == folder / 'run' / 'profile' / 'plugins' / 'profile'

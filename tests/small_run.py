@@ -1,15 +1,23 @@
 """A small run of the training command, for tests: its data and its config."""
 
 import dataclasses
+import fcntl
+import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
+from unittest import mock
 
+import jax
 import numpy as np
+from etils import epath
 
+from grit_jax import sharding, train
 from grit_jax.config import (
   CheckpointConfig,
   Config,
@@ -27,7 +35,10 @@ TIMED = 'tokens_per_second'
 
 def make_config(folder: pathlib.Path) -> Config:
   return Config(
-    model=dataclasses.replace(presets.tiny(), vocab_size=0),
+    # Sizes that divide over eight devices, halved for two to a byte.
+    model=dataclasses.replace(
+      presets.tiny(), vocab_size=0, embed_dim=48, head_dim=32, mlp_dim=128
+    ),
     objective=ObjectiveConfig(mixed_groups=2),
     data=DataConfig(
       paths=str(folder),
@@ -107,6 +118,54 @@ def start(
     stderr=subprocess.STDOUT,
     text=True,
   )  # fmt: skip
+
+
+def run_here(
+  config: Config, workdir: pathlib.Path, devices: int = 1
+) -> dict[str, Any]:
+  """Trains in this process, on the first of its devices."""
+  first = jax.devices()[:devices]
+  make_mesh = functools.partial(sharding.make_mesh, devices=first)
+  with mock.patch.object(sharding, 'make_mesh', make_mesh):
+    return train.train(config, epath.Path(workdir))
+
+
+class Trained(NamedTuple):
+  """A run that the command has left: do not change it, but a copy."""
+
+  config: Config
+  config_file: pathlib.Path
+  workdir: pathlib.Path
+  output: str
+
+
+def train_once(place: pathlib.Path) -> Trained:
+  """Runs the command, unless this or another process has done it."""
+  place.mkdir(exist_ok=True)
+  output = place / 'output'
+  config = make_config(place / 'records')
+  found = Trained(config, place / 'config.py', place / 'run', '')
+  with open(place / 'lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not output.exists():
+      (place / 'records').mkdir()
+      write_records(place / 'records')
+      process = start(write_config(config, found.config_file), found.workdir)
+      text, _ = process.communicate()
+      assert process.returncode == 0, text
+      output.write_text(text)
+  return found._replace(output=output.read_text())
+
+
+def copy_until(
+  step: int, workdir: pathlib.Path, copy: pathlib.Path
+) -> pathlib.Path:
+  """Copies a run without its checkpoints of later steps."""
+  shutil.copytree(workdir, copy)
+  for checkpoint in (copy / 'checkpoints').iterdir():
+    if int(checkpoint.name) > step:
+      shutil.rmtree(checkpoint)
+  return copy
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:

@@ -6,20 +6,23 @@ import json
 import pathlib
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from etils import epath
+from ml_collections import config_flags
 from small_run import (
   ROOT,
   STEPS,
+  copy_until,
   make_config,
   read_metrics,
+  run_here,
   start,
   wait_for_step,
-  write_config,
-  write_records,
 )
 
 from grit_jax import config as configuration
@@ -45,89 +48,76 @@ MESH_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory) -> pathlib.Path:
+def folder(trained) -> pathlib.Path:
   """JSON-lines files of both kinds."""
-  folder = tmp_path_factory.mktemp('records')
-  write_records(folder)
-  return folder
+  return pathlib.Path(trained.config.data.paths)
 
 
-@pytest.fixture(scope='module')
-def whole_run(folder, tmp_path_factory):
-  """An uninterrupted run by the command: config file, workdir, output."""
-  place = tmp_path_factory.mktemp('whole')
-  config = write_config(make_config(folder), place / 'config.py')
-  process = start(config, place / 'run')
-  output, _ = process.communicate()
-  assert process.returncode == 0, output
-  return config, place / 'run', output
-
-
-def test_run_leaves_what_the_readme_says(whole_run):
-  _, workdir, output = whole_run
-  metrics = read_metrics(workdir)
+def test_run_leaves_what_the_readme_says(trained):
+  metrics = read_metrics(trained.workdir)
   assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
   assert {
     'loss', 'loss_rep', 'loss_gen', 'grad_norm', 'learning_rate',
     'padding_fraction', 'masked_negatives',
   } <= set(metrics[0])  # fmt: skip
-  assert json.loads((workdir / 'config.json').read_text())['steps'] == STEPS
-  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  kept = json.loads((trained.workdir / 'config.json').read_text())
+  assert kept['steps'] == STEPS
+  evaluation = json.loads((trained.workdir / 'evaluation.json').read_text())
   assert list(evaluation) == ['before', 'after', 'random', 'tfidf']
   for row in 'before', 'after':
     assert set(evaluation[row]) == {
       'recall_at_1', 'recall_at_10', 'ndcg_at_10', 'candidates',
       'generative_loss',
     }  # fmt: skip
-  assert (workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
-  assert list(workdir.glob('**/events.out.tfevents.*'))
-  assert (workdir / 'checkpoints' / str(STEPS)).is_dir()
-  assert not (workdir / 'profile').exists()
-  assert 'recall_at_10' in output and 'generated:' in output
-  assert 'the kernel xla on cpu (attention_kernel=auto)' in output
+  assert (trained.workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  assert list(trained.workdir.glob('**/events.out.tfevents.*'))
+  assert (trained.workdir / 'checkpoints' / str(STEPS)).is_dir()
+  assert not (trained.workdir / 'profile').exists()
+  assert 'recall_at_10' in trained.output and 'generated:' in trained.output
+  assert 'the kernel xla on cpu (attention_kernel=auto)' in trained.output
 
 
-def test_loss_falls(whole_run):
-  _, workdir, _ = whole_run
-  metrics = read_metrics(workdir)
+def test_loss_falls(trained):
+  metrics = read_metrics(trained.workdir)
   assert metrics[-1]['loss_gen'] < metrics[0]['loss_gen'] - 0.2
 
 
-def test_killed_run_goes_on_with_equal_metrics(whole_run, tmp_path):
-  config, workdir, _ = whole_run
-  process = start(config, tmp_path / 'run')
-  wait_for_step(tmp_path / 'run', 3, process)
+@pytest.mark.e2e
+def test_run_that_a_sigterm_and_a_sigkill_end_goes_on_with_equal_metrics(
+  trained, tmp_path
+):
+  process = start(
+    trained.config_file, tmp_path, '--config.checkpoint.every_steps=50'
+  )
+  wait_for_step(tmp_path, 1, process)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate()
+  assert process.returncode == 128 + signal.SIGTERM, output
+  [saved] = (path.name for path in (tmp_path / 'checkpoints').iterdir())
+  assert 0 < int(saved) <= STEPS, output
+
+  process = start(trained.config_file, tmp_path)
+  wait_for_step(tmp_path, min(int(saved) + 1, STEPS), process)
   process.send_signal(signal.SIGKILL)
-  process.wait()
-  process = start(config, tmp_path / 'run')
+  process.communicate()
+
+  process = start(trained.config_file, tmp_path)
   output, _ = process.communicate()
   assert process.returncode == 0, output
-  assert read_metrics(tmp_path / 'run') == read_metrics(workdir)
+  assert f'Going on from {tmp_path}/checkpoints/' in output
+  assert read_metrics(tmp_path) == read_metrics(trained.workdir)
   for run in 'after', 'tfidf':
     found, expected = (
       json.loads((place / 'evaluation.json').read_text())[run]
-      for place in (tmp_path / 'run', workdir)
+      for place in (tmp_path, trained.workdir)
     )
     assert found == expected
 
 
-def test_run_resumed_at_a_checkpoint_has_equal_metrics(whole_run, tmp_path):
-  config, workdir, _ = whole_run
-  copy = tmp_path / 'run'
-  shutil.copytree(workdir, copy)
-  for step in (4, 6):
-    shutil.rmtree(copy / 'checkpoints' / str(step))
-  process = start(config, copy)
-  output, _ = process.communicate()
-  assert process.returncode == 0, output
-  assert f'Going on from {copy}/checkpoints/2' in output
-  assert read_metrics(copy) == read_metrics(workdir)
-
-
 def test_evaluations_are_among_the_metrics_and_change_nothing_of_training(
-  folder, tmp_path, monkeypatch
+  trained, tmp_path, monkeypatch
 ):
-  config = edit(make_config(folder), 'evaluation', every_steps=4)
+  config = edit(trained.config, 'evaluation', every_steps=4)
   workdir, saved = tmp_path / 'run', {}
   save = train.Checkpoints.save
 
@@ -137,7 +127,7 @@ def test_evaluations_are_among_the_metrics_and_change_nothing_of_training(
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Checkpoints, 'save', look_and_save)
-    evaluation = run(config, workdir)
+    evaluation = run_here(config, workdir)
   metrics = read_metrics(workdir)
   steps = [line['step'] for line in metrics]
   assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]
@@ -160,63 +150,54 @@ def test_evaluations_are_among_the_metrics_and_change_nothing_of_training(
   assert all(saved[step] == metrics[: len(saved[step])] for step in saved)
   assert [len(saved[step]) for step in saved] == [3, 6, 9]
 
-  for step in (4, 6):
-    shutil.rmtree(workdir / 'checkpoints' / str(step))
-  run(config, workdir)
-  assert read_metrics(workdir) == metrics
+  run_here(config, copy_until(2, workdir, tmp_path / 'resumed'))
+  assert read_metrics(tmp_path / 'resumed') == metrics
   # Nor does a run that has ended write any line twice.
-  run(config, workdir)
+  run_here(config, workdir)
   assert read_metrics(workdir) == metrics
 
-  run(make_config(folder), tmp_path / 'without')
+  config = edit(trained.config, 'evaluation', enabled=False)
+  run_here(config, tmp_path / 'without')
   without = read_metrics(tmp_path / 'without')
   assert without == [line for line in metrics if 'loss' in line]
 
 
-def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):
-  config, workdir, _ = whole_run
+def test_mistake_ends_in_one_message_and_not_in_a_traceback(trained, tmp_path):
   process = start(
-    config, tmp_path / 'run', '--config.checkpoint.every_steps=50'
+    trained.config_file, tmp_path / 'run', '--config.model.num_heads=3'
   )
-  wait_for_step(tmp_path / 'run', 1, process)
-  process.send_signal(signal.SIGTERM)
-  output, _ = process.communicate()
-  assert process.returncode == 128 + signal.SIGTERM, output
-  steps = [path.name for path in (tmp_path / 'run/checkpoints').iterdir()]
-  assert len(steps) == 1 and 0 < int(steps[0]) <= STEPS, output
-  process = start(
-    config, tmp_path / 'run', '--config.checkpoint.every_steps=50'
-  )
-  output, _ = process.communicate()
-  assert process.returncode == 0, output
-  assert read_metrics(tmp_path / 'run') == read_metrics(workdir)
-
-
-def test_mistake_ends_in_one_message_and_not_in_a_traceback(folder, tmp_path):
-  config = write_config(make_config(folder), tmp_path / 'config.py')
-  process = start(config, tmp_path / 'run', '--config.model.num_heads=3')
   output, _ = process.communicate()
   assert process.returncode != 0
   assert 'grit_jax: error: model.num_heads=3 is not a multiple' in output
   assert 'Traceback' not in output
-  process = start(config, tmp_path / 'run', '--config.optimizer.lerning_rate=1')
-  output, _ = process.communicate()
-  assert process.returncode != 0
-  assert 'lerning_rate' in output and 'learning_rate' in output
 
 
-def run(config: Config, workdir: pathlib.Path):
-  return train.train(config, epath.Path(workdir))
+def test_a_flag_for_an_unknown_key_is_named_with_the_known_one(
+  trained, monkeypatch
+):
+  command = [
+    'train', f'--config={trained.config_file}',
+    '--config.optimizer.lerning_rate=1',
+  ]  # fmt: skip
+  # ml_collections looks for the flags of keys there.
+  monkeypatch.setattr(sys, 'argv', command)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  with pytest.raises(AttributeError) as error:
+    values(command)
+  assert 'lerning_rate' in str(error.value)
+  assert 'learning_rate' in str(error.value)
 
 
-def test_resume_on_another_mesh_goes_on(whole_run, folder, tmp_path):
-  _, workdir, _ = whole_run
+def test_resume_on_another_mesh_goes_on(trained, tmp_path):
   config = dataclasses.replace(
-    make_config(folder), mesh=MeshConfig(data=2, fsdp=2, tensor=2)
+    # Rows are padded to the shards: as many on one device as on four.
+    edit(trained.config, 'evaluation', enabled=False),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )
-  # Rows are padded to the shards: as many on one device as on four.
-  run(config, tmp_path / 'run')
-  found, expected = read_metrics(tmp_path / 'run'), read_metrics(workdir)
+  run = copy_until(2, trained.workdir, tmp_path / 'run')
+  run_here(config, run, devices=8)
+  found, expected = read_metrics(run), read_metrics(trained.workdir)
   for one, other in zip(found, expected, strict=True):
     for name in 'loss_rep', 'loss_gen':
       np.testing.assert_allclose(one[name], other[name], rtol=MESH_TOLERANCE)
@@ -224,7 +205,7 @@ def test_resume_on_another_mesh_goes_on(whole_run, folder, tmp_path):
 
 def test_non_finite_loss_names_step_records_and_checkpoint(folder, tmp_path):
   config = dataclasses.replace(
-    make_config(folder),
+    edit(make_config(folder), 'model', num_layers=1),
     optimizer=OptimizerConfig(
       learning_rate=1e30, warmup_fraction=0.0, schedule='constant'
     ),
@@ -232,7 +213,7 @@ def test_non_finite_loss_names_step_records_and_checkpoint(folder, tmp_path):
     checkpoint=CheckpointConfig(every_steps=1),
   )
   with pytest.raises(train.NonFiniteLossError) as error:
-    run(config, tmp_path / 'run')
+    run_here(config, tmp_path / 'run')
   message = str(error.value)
   assert message.startswith('step 2: loss=')
   assert str(tmp_path / 'run' / 'checkpoints' / '1') in message
@@ -242,74 +223,62 @@ def test_non_finite_loss_names_step_records_and_checkpoint(folder, tmp_path):
   assert saved == {'1'}
 
 
-def test_corrupt_checkpoint_is_named_and_kept(whole_run, folder, tmp_path):
-  _, workdir, _ = whole_run
+def test_corrupt_checkpoint_is_named_and_kept(trained, tmp_path):
   copy = tmp_path / 'run'
-  shutil.copytree(workdir, copy)
+  shutil.copytree(trained.workdir, copy)
   arrays = copy / 'checkpoints' / str(STEPS) / 'state'
   files = sorted(p for p in arrays.rglob('*') if p.is_file())
   largest = max(files, key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:10])
   with pytest.raises(CheckpointError, match=f'checkpoints/{STEPS}'):
-    run(make_config(folder), copy)
+    run_here(trained.config, copy)
   assert arrays.is_dir()
 
 
-def from_another(folder: pathlib.Path, source: pathlib.Path) -> Config:
-  """The small run's configuration, starting from a model on the disk."""
-  model = dataclasses.replace(presets.of_init_from(), dtype='float32')
-  return dataclasses.replace(
-    make_config(folder), model=model, init_from=str(source), steps=4
-  )
-
-
-def test_run_starts_where_the_run_it_is_from_has_ended(
-  whole_run, folder, tmp_path
+def test_run_starts_where_another_has_ended_and_resumes_without_it(
+  trained, tmp_path
 ):
-  _, workdir, _ = whole_run
-  run(from_another(folder, workdir), tmp_path / 'run')
-  before, after = (
-    json.loads((place / 'evaluation.json').read_text())[name]
-    for place, name in ((tmp_path / 'run', 'before'), (workdir, 'after'))
+  source, workdir = tmp_path / 'source', tmp_path / 'run'
+  shutil.copytree(trained.workdir / 'checkpoints' / str(STEPS), source)
+  model = dataclasses.replace(presets.of_init_from(), dtype='float32')
+  config = dataclasses.replace(
+    trained.config, model=model, init_from=str(source)
   )
-  # On eight devices what one has computed.
+  before = run_here(config, workdir)['before']
+  after = json.loads((trained.workdir / 'evaluation.json').read_text())['after']
+  assert before.keys() == after.keys()
   for name, value in after.items():
     np.testing.assert_allclose(before[name], value, rtol=MESH_TOLERANCE)
-  kept = json.loads((tmp_path / 'run' / 'config.json').read_text())['model']
-  assert kept['embed_dim'] == presets.tiny().embed_dim
+  kept = json.loads((workdir / 'config.json').read_text())['model']
+  assert kept['embed_dim'] == trained.config.model.embed_dim
   # It does not train a tokenizer of its own.
-  assert not (tmp_path / 'run' / 'tokenizer.model').exists()
+  assert not (workdir / 'tokenizer.model').exists()
 
-
-def test_run_resumes_when_what_it_started_from_is_gone(
-  whole_run, folder, tmp_path
-):
-  _, workdir, _ = whole_run
-  source = tmp_path / 'source'
-  shutil.copytree(workdir / 'checkpoints' / str(STEPS), source)
-  config = from_another(folder, source)
-  run(config, tmp_path / 'run')
-  expected = read_metrics(tmp_path / 'run')
+  expected = read_metrics(workdir)
   shutil.rmtree(source)
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
-  run(config, tmp_path / 'run')
-  assert read_metrics(tmp_path / 'run') == expected
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
+  run_here(config, workdir)
+  assert read_metrics(workdir) == expected
+  shutil.rmtree(workdir / 'checkpoints')
   with pytest.raises(CheckpointError, match='source is neither'):
-    run(config, tmp_path / 'run')
+    run_here(config, workdir)
 
 
-def test_another_config_in_the_workdir_is_refused(whole_run, folder, tmp_path):
-  _, workdir, _ = whole_run
+def test_another_config_in_the_workdir_is_refused(trained):
   # What may change is not named.
   config = dataclasses.replace(
-    make_config(folder), seed=1, log_every=2, attention_kernel='splash'
+    trained.config, seed=1, log_every=2, attention_kernel='splash'
   )
   with pytest.raises(ConfigError, match=r'configuration \(seed: 0, now 1\)'):
-    run(config, workdir)
-  config = edit(make_config(folder), 'evaluation', held_out_fraction=0.2)
+    run_here(config, trained.workdir)
+  config = edit(trained.config, 'evaluation', held_out_fraction=0.2)
   with pytest.raises(ConfigError, match='held_out_fraction: 0.3, now 0.2'):
-    run(config, workdir)
+    run_here(config, trained.workdir)
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """Trains on all of the eight devices."""
+  train.train(config, epath.Path(workdir))
 
 
 def edit(config: Config, group: str, **changes) -> Config:
@@ -383,7 +352,7 @@ def test_single_modes_run_with_their_own_data_alone(folder, tmp_path, mode):
   config = edit(make_config(tmp_path), 'objective', mode=mode)
   config = edit(config, 'memory', chunk_rows=8)
   config = dataclasses.replace(config, steps=2)
-  result = run(config, tmp_path / 'run')
+  result = run_here(config, tmp_path / 'run')
   metrics = read_metrics(tmp_path / 'run')[-1]
   assert ('loss_rep' in metrics) == (mode == 'embedding')
   assert ('loss_gen' in metrics) == (mode == 'generative')
