@@ -1,180 +1,59 @@
+"""Tests of the objective: its losses, on meshes, in chunks, by the step."""
+
 import dataclasses
-import json
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from objective_run import (
+  MESH_TOLERANCE,
+  Result,
+  assert_equal,
+  gradient_on,
+  make_config,
+  prepare_data,
+)
 
 from grit_jax import objective, sharding
 from grit_jax.batch import EmbeddingRows
-from grit_jax.config import (
-  Config,
-  DataConfig,
-  MemoryConfig,
-  MeshConfig,
-  ObjectiveConfig,
-)
-from grit_jax.data.dataset import prepare
+from grit_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig
 from grit_jax.data.filling import RowShards
 from grit_jax.data.pipeline import Pipeline, place_batch
-from grit_jax.data.sources import TRAIN, sources
-from grit_jax.data.tokenizer import SentencePieceTokenizer
-from grit_jax.data.tokenizer_training import train_tokenizer
-from grit_jax.models import presets
-from grit_jax.models.decoder import Decoder
 from grit_jax.optimizer import make_optimizer, make_schedule
 
-# float32 sums in another order over up to 8 devices or chunks; the values are
-# of order 1, and a temperature of 0.02 multiplies an embedding's by 50.
-MESH_TOLERANCE = 1e-5
-
-MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
-# The same, and expert.
-EXPERT_MESHES = [
-  (1, 8, 1, 1), (1, 1, 1, 8), (1, 2, 1, 4), (1, 1, 2, 1), (1, 1, 2, 4)
-]  # fmt: skip
-
-
-def words(rng: np.random.Generator, count: int) -> str:
-  letters = 'abcdefghij'
-  return ' '.join(
-    ''.join(rng.choice(list(letters), rng.integers(1, 5))) for _ in range(count)
-  )
-
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  """A folder with records of both kinds, and a tokenizer."""
-  folder = tmp_path_factory.mktemp('objective')
-  rng = np.random.default_rng(0)
-  texts = [words(rng, 6) for _ in range(200)]
-  with open(folder / 'pairs.jsonl', 'w') as file:
-    for i in range(48):
-      record = {
-        'query': ['find ' + texts[i][:3], words(rng, 3)],
-        # Some positives are those of several records, so that the loss masks
-        # false negatives.
-        'pos': [['', texts[i % 7] if i % 3 else words(rng, 10)]],
-        'neg': [['', words(rng, 5)], ['', words(rng, 9)]],
-      }
-      file.write(json.dumps(record) + '\n')
-  with open(folder / 'chats.jsonl', 'w') as file:
-    for _ in range(48):
-      turns = [
-        words(rng, int(rng.integers(2, 6)))
-        for _ in range(2 * int(rng.integers(1, 3)))
-      ]
-      file.write(json.dumps({'text': turns}) + '\n')
-  tokenizer = SentencePieceTokenizer(train_tokenizer(texts, 300))
-  found = sources(str(folder))
-  sets = {
-    source.kind: prepare(
-      source,
-      TRAIN,
-      tokenizer,
-      folder / 'cache',
-      max_query_tokens=48,
-      max_passage_tokens=64,
-      max_generative_tokens=64,
-      min_negatives=2,
-      held_out_fraction=0.0,
-    )
-    for source in found
-  }
-  return sets
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict:
+  """Data sets of both kinds."""
+  return prepare_data(tmp_path_factory.mktemp('objective'))
 
 
-def make_config(**changes) -> Config:
-  config = Config(
-    model=dataclasses.replace(
-      presets.tiny(), vocab_size=300, num_kv_heads=2, projection_dim=12
-    ),
-    objective=ObjectiveConfig(
-      embedding_weight=0.7, generative_weight=1.3, mixed_groups=4
-    ),
-    data=DataConfig(
-      paths='unused',
-      embedding_batch=12,
-      generative_batch=16,
-      num_passages=3,
-      max_query_tokens=48,
-      max_passage_tokens=64,
-      max_generative_tokens=64,
-      row_length=64,
-      max_segments=4,
-    ),
-    steps=2,
-  )
-  return dataclasses.replace(config, **changes)
-
-
-def make_expert_config(**changes) -> Config:
+def make_wide_config(**changes) -> Config:
+  """Wide enough for the activations to outweigh the weights and the cache."""
   config = make_config(**changes)
-  model = dataclasses.replace(
-    presets.tiny_moe(), vocab_size=300, projection_dim=12
-  )
-  # Weights of their terms that make them as large as the others.
-  terms = dataclasses.replace(
-    config.objective,
-    generative_router_weight=0.5,
-    embedding_router_weight=0.3,
-    router_z_weight=0.1,
-  )
-  return dataclasses.replace(config, model=model, objective=terms)
-
-
-def gradient_on(data, config: Config, shape: tuple[int, ...]):
-  """The loss, metrics and gradient of step 0 on a mesh, in numpy."""
-  devices = jax.devices()[: int(np.prod(shape))]
-  mesh = sharding.make_mesh(MeshConfig(*shape), devices)
-  sharding.validate(config, mesh)
-  mode = config.objective
-  pipeline = Pipeline(
-    config,
-    [data['embedding']] if mode.has_embedding else [],
-    [data['generative']] if mode.has_generative else [],
-    # The same rows on every mesh; chunks are of fewer.
-    RowShards.whole(4 if config.memory.chunk_rows else 8),
-  )
-  host = pipeline.build(0)
-  function = (
-    objective.cached_gradient
-    if config.memory.chunk_rows
-    else objective.one_pass_gradient
-  )
-  with jax.set_mesh(mesh):
-    model = jax.jit(lambda rng: Decoder(config.model, rng))(jax.random.key(1))
-    batch = place_batch(mesh, host.batch)
-    # Weights ten times their initial scale: the losses must not hide in the
-    # flat beginning.
-    model = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model)
-    gradient, metrics = jax.jit(function, static_argnums=2)(
-      model, batch, config
-    )
-    return jax.tree.map(np.asarray, (model, gradient, metrics)), host
-
-
-def assert_equal_gradients(one, other) -> None:
-  leaves = jax.tree_util.tree_leaves_with_path(one)
-  for (path, expected), found in zip(
-    leaves, jax.tree.leaves(other), strict=True
-  ):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(
-      found / scale,
-      expected / scale,
-      atol=MESH_TOLERANCE,
-      err_msg=jax.tree_util.keystr(path),
-    )
+  model = dataclasses.replace(config.model, mlp_dim=512)
+  return dataclasses.replace(config, model=model)
 
 
 @pytest.fixture(scope='module')
-def one_device(data):
-  (model, gradient, metrics), host = gradient_on(data, make_config(), (1, 1, 1))
-  masked = np.sum(~host.batch.embedding.scored)
-  assert metrics['masked_negatives'] == masked > 0
-  return model, gradient, metrics, host
+def compute(data: dict, random_decoder: Callable) -> Callable[..., Result]:
+  """Computes the gradient of a config on a mesh."""
+
+  def of(config: Config, *shape: int) -> Result:
+    return gradient_on(data, random_decoder, config, shape)
+
+  return of
+
+
+@pytest.fixture(scope='module')
+def expected(compute: Callable) -> Result:
+  """The gradient on one device in one pass."""
+  result = compute(make_wide_config(), 1, 1, 1)
+  masked = np.sum(~result.host.batch.embedding.scored)
+  assert result.metrics['masked_negatives'] == masked > 0
+  return result
 
 
 @pytest.mark.parametrize('negatives', ['all', 'hard'])
@@ -210,133 +89,55 @@ def test_representation_loss_is_that_of_the_texts_in_the_slots(negatives):
   with jax.set_mesh(mesh):
     batch = place_batch(mesh, rows)
     placed = sharding.place(mesh, pooled, 'rows', None, None)
-    loss, metrics = objective.representation_loss(placed, batch, config)
+    run = jax.jit(objective.representation_loss, static_argnums=2)
+    loss, metrics = run(placed, batch, config)
   np.testing.assert_allclose(loss, np.mean(losses), rtol=MESH_TOLERANCE)
   assert metrics['in_batch_accuracy'] == np.float32(np.mean(right))
   possible = 15 if negatives == 'hard' else 75
   assert metrics['masked_negatives'] == possible - scored.sum()
 
 
-@pytest.mark.parametrize('shape', MESHES)
-def test_loss_and_gradient_do_not_depend_on_the_mesh(data, one_device, shape):
-  _, gradient, metrics, _ = one_device
-  (_, found, found_metrics), _ = gradient_on(data, make_config(), shape)
-  for name in metrics:
-    np.testing.assert_allclose(
-      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
-    )
-  assert_equal_gradients(gradient, found)
-
-
-@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
-def test_chunks_give_the_one_pass_gradient(data, one_device, shape):
-  _, gradient, metrics, _ = one_device
-  config = make_config(memory=MemoryConfig(chunk_rows=4))
-  (_, found, found_metrics), host = gradient_on(data, config, shape)
-  assert int(host.batch.embedding.chunks) > 2
-  for name in metrics:
-    np.testing.assert_allclose(
-      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
-    )
-  assert_equal_gradients(gradient, found)
-
-
-def test_attention_kernels_give_one_loss_and_gradient(data, one_device):
-  _, gradient, metrics, _ = one_device
-  config = make_config(attention_kernel='splash')
-  (_, found, found_metrics), _ = gradient_on(data, config, (1, 2, 2))
-  for name in metrics:
-    np.testing.assert_allclose(
-      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
-    )
-  assert_equal_gradients(gradient, found)
-
-
-@pytest.fixture(scope='module')
-def experts_on_one_device(data):
-  results, _ = gradient_on(data, make_expert_config(), (1, 1, 1))
-  return results
-
-
-@pytest.mark.parametrize('shape', EXPERT_MESHES)
-def test_experts_loss_and_gradient_do_not_depend_on_the_mesh(
-  data, experts_on_one_device, shape
+def test_loss_and_gradient_do_not_depend_on_the_mesh(
+  compute: Callable, expected: Result
 ):
-  _, gradient, metrics = experts_on_one_device
-  (_, found, found_metrics), _ = gradient_on(data, make_expert_config(), shape)
-  assert len(metrics) == 5 + 2 * (4 + 8)
-  for name in metrics:
-    np.testing.assert_allclose(
-      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
-    )
-  assert_equal_gradients(gradient, found)
+  assert_equal(compute(make_wide_config(), 2, 2, 2), expected)
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 2, 1, 2)])
-def test_chunks_give_the_one_pass_gradient_of_experts(
-  data, experts_on_one_device, shape
+def test_chunks_on_a_mesh_give_the_one_pass_gradient(
+  compute: Callable, expected: Result
 ):
-  _, gradient, metrics = experts_on_one_device
-  config = make_expert_config(memory=MemoryConfig(chunk_rows=4))
-  (_, found, found_metrics), host = gradient_on(data, config, shape)
-  assert int(host.batch.generative.chunks) > 2
-  for name in metrics:
-    np.testing.assert_allclose(
-      found_metrics[name], metrics[name], rtol=MESH_TOLERANCE, err_msg=name
-    )
-  assert_equal_gradients(gradient, found)
+  config = make_wide_config(memory=MemoryConfig(chunk_rows=4))
+  # Weights are split over four devices, in two steps.
+  found = compute(config, 1, 4, 2)
+  assert int(found.host.batch.embedding.chunks) > 2
+  assert_equal(found, expected)
 
 
-def test_every_router_term_is_in_the_loss(data, experts_on_one_device):
-  _, _, metrics = experts_on_one_device
-  config = make_expert_config()
-  terms = config.objective
-  expected = (
-    terms.embedding_weight * metrics['loss_rep']
-    + terms.generative_weight * metrics['loss_gen']
-    + terms.embedding_router_weight * metrics['router_rep/balance_loss']
-    + terms.generative_router_weight * metrics['router_gen/balance_loss']
-    + terms.router_z_weight
-    * (metrics['router_rep/z_loss'] + metrics['router_gen/z_loss'])
-  )
-  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
-  # Well above the even share, or the gradient of the balance would be that of
-  # nothing.
-  assert metrics['router_gen/busiest'] > 1.25 / config.model.num_experts
-
-
-def test_temporary_memory_falls_with_the_rows_of_a_chunk(data):
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  temporary = []
-  for chunk_rows in (0, 8, 2):
-    # Wide enough for the activations to outweigh the weights and the cache.
-    config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows))
-    config = dataclasses.replace(
-      config, model=dataclasses.replace(config.model, mlp_dim=512)
-    )
-    pipeline = Pipeline(
-      config, [data['embedding']], [data['generative']], RowShards.whole(1)
-    )
-    function = (
-      objective.cached_gradient if chunk_rows else objective.one_pass_gradient
-    )
-    with jax.set_mesh(mesh):
-      model = jax.jit(lambda rng: Decoder(config.model, rng))(  # noqa: B023
-        jax.random.key(1)
-      )
-      batch = place_batch(mesh, pipeline.build(0).batch)
-      compiled = (
-        jax.jit(function, static_argnums=2)
-        .lower(model, batch, config)
-        .compile()
-      )
-    temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+def test_chunks_give_the_one_pass_gradient_in_less_memory(
+  compute: Callable, expected: Result
+):
+  temporary = [expected.temporary_bytes]
+  for chunk_rows in (8, 2):
+    config = make_wide_config(memory=MemoryConfig(chunk_rows=chunk_rows))
+    found = compute(config, 1, 1, 1)
+    assert int(found.host.batch.embedding.chunks) > 1
+    assert_equal(found, expected)
+    temporary.append(found.temporary_bytes)
   one_pass, eight, two = temporary
   assert two < 0.7 * eight and eight < 0.7 * one_pass, temporary
 
 
+def test_attention_kernels_give_one_loss_and_gradient(
+  compute: Callable, expected: Result
+):
+  config = make_wide_config(attention_kernel='splash')
+  assert_equal(compute(config, 1, 2, 2), expected)
+
+
 @pytest.mark.parametrize('chunk_rows', [0, 4])
-def test_step_compiles_once_a_bucket(data, chunk_rows):
+def test_step_compiles_once_a_bucket(
+  data: dict, random_decoder: Callable, chunk_rows: int
+):
   config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows), steps=6)
   config = dataclasses.replace(
     config,
@@ -357,7 +158,7 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
     compiler_options={},
   )
   with jax.set_mesh(mesh):
-    model = jax.jit(lambda rng: Decoder(config.model, rng))(jax.random.key(0))
+    model = random_decoder(mesh, config.model)
     state = jax.jit(partial(objective.create_state, optimizer))(model)
     shapes = set()
     for host in pipeline.iterate():
@@ -374,7 +175,7 @@ def test_step_compiles_once_a_bucket(data, chunk_rows):
   assert step._cache_size() == len(shapes)
 
 
-def test_weights_of_the_objective_scale_its_parts(data, one_device):
-  _, _, metrics, _ = one_device
-  expected = 0.7 * metrics['loss_rep'] + 1.3 * metrics['loss_gen']
-  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
+def test_weights_of_the_objective_scale_its_parts(expected: Result):
+  metrics = expected.metrics
+  total = 0.7 * metrics['loss_rep'] + 1.3 * metrics['loss_gen']
+  np.testing.assert_allclose(metrics['loss'], total, rtol=1e-6)
