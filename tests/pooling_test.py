@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from grit_jax.batch import Rows
 from grit_jax.config import POOLINGS
 from grit_jax.models import presets
 from grit_jax.pooling import normalise, pool, token_weights
@@ -26,6 +25,9 @@ LAYOUTS = (
   'iitittt',  # instruction amid the text
   '',
 )
+
+
+pool_rows = jax.jit(pool, static_argnums=(2, 3))
 
 
 def pool_text(hidden: np.ndarray, is_text: np.ndarray, pooling: str):
@@ -46,9 +48,7 @@ def test_pool_equals_the_definition_text_by_text(pack: Callable, pooling: str):
   rows = pack(*LAYOUTS, length=LENGTH)
   rng = np.random.default_rng(0)
   hidden = rng.standard_normal((len(LAYOUTS), LENGTH, WIDTH))
-  actual = pool(
-    jnp.asarray(hidden, 'float32'), _on_device(rows), pooling, MAX_SEGMENTS
-  )
+  actual = pool_rows(hidden.astype('float32'), rows, pooling, MAX_SEGMENTS)
   expected = np.zeros((len(LAYOUTS), MAX_SEGMENTS, WIDTH))
   for row, layout in enumerate(LAYOUTS):
     start = 0
@@ -60,16 +60,12 @@ def test_pool_equals_the_definition_text_by_text(pack: Callable, pooling: str):
   np.testing.assert_allclose(actual, expected, atol=MEAN_TOLERANCE)
 
 
-def _on_device(rows: Rows) -> Rows:
-  return jax.tree.map(jnp.asarray, rows)
-
-
 @pytest.mark.parametrize('pooling', POOLINGS)
 def test_a_segment_that_a_row_lacks_is_zero(pack: Callable, pooling: str):
-  rows = _on_device(pack('itt|tt', '', length=LENGTH))
-  hidden = jnp.ones((2, LENGTH, WIDTH))
-  pooled = np.asarray(pool(hidden, rows, pooling, MAX_SEGMENTS))
-  filled = np.zeros((2, MAX_SEGMENTS), bool)
+  rows = pack('itt|tt', '', '', '', length=LENGTH)
+  hidden = np.ones((4, LENGTH, WIDTH), 'float32')
+  pooled = np.asarray(pool_rows(hidden, rows, pooling, MAX_SEGMENTS))
+  filled = np.zeros((4, MAX_SEGMENTS), bool)
   filled[0, :2] = True
   np.testing.assert_array_equal(pooled == 0, ~np.repeat(
     filled[:, :, None], WIDTH, axis=2
@@ -79,7 +75,8 @@ def test_a_segment_that_a_row_lacks_is_zero(pack: Callable, pooling: str):
 @pytest.mark.parametrize('pooling', POOLINGS)
 def test_padding_has_no_weight(pack: Callable, pooling: str):
   rows = pack(*LAYOUTS, length=LENGTH)
-  weights = np.asarray(token_weights(_on_device(rows), pooling))
+  weigh = jax.jit(token_weights, static_argnums=1)
+  weights = np.asarray(weigh(rows, pooling))
   assert weights.dtype == np.float32
   assert not weights[rows.segments == 0].any()
   if pooling != 'cls':
@@ -88,9 +85,9 @@ def test_padding_has_no_weight(pack: Callable, pooling: str):
 
 def test_pooling_is_in_float32_for_bfloat16_states(pack: Callable):
   # 256 + 1 is no bfloat16, and half of it neither.
-  rows = _on_device(pack('tt', length=2))
+  rows = pack('tt', length=2)
   hidden = jnp.asarray([[[256.0], [1.0]]], 'bfloat16')
-  pooled = pool(hidden, rows, 'mean', 1)
+  pooled = pool_rows(hidden, rows, 'mean', 1)
   assert pooled.dtype == 'float32'
   assert pooled[0, 0, 0] == 128.5
 
@@ -101,16 +98,15 @@ def test_projecting_after_pooling_equals_projecting_each_token_before(
 ):
   config = dataclasses.replace(presets.tiny(), projection_dim=7)
   model = random_decoder(one_device, config)
-  rows = _on_device(pack('iitt|ttt', 'itt', length=LENGTH))
+  rows = pack('iitt|ttt', 'itt', length=LENGTH)
   rng = np.random.default_rng(0)
   hidden = rng.standard_normal((2, LENGTH, config.embed_dim))
   weight = np.asarray(model.projection[...], np.float64)
   bias = np.asarray(model.projection_bias[...], np.float64)
   assert bias.all()
-  before = pool(
-    jnp.asarray(hidden @ weight + bias, 'float32'), rows, pooling, 2
-  )
-  after = model.project(pool(jnp.asarray(hidden, 'float32'), rows, pooling, 2))
+  projected = (hidden @ weight + bias).astype('float32')
+  before = pool_rows(projected, rows, pooling, 2)
+  after = model.project(pool_rows(hidden.astype('float32'), rows, pooling, 2))
   there = np.array([[True, True], [True, False]])
   np.testing.assert_allclose(
     np.asarray(after)[there], np.asarray(before)[there], atol=SUM_TOLERANCE
