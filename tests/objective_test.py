@@ -134,21 +134,30 @@ def test_attention_kernels_give_one_loss_and_gradient(
   assert_equal(compute(config, 1, 2, 2), expected)
 
 
-@pytest.mark.parametrize('chunk_rows', [0, 4])
+@pytest.mark.parametrize(
+  ('mode', 'chunk_rows', 'programs'), [('embedding', 0, 2), ('unified', 4, 1)]
+)
 def test_step_compiles_once_a_bucket(
-  data: dict, random_decoder: Callable, chunk_rows: int
+  data: dict,
+  random_decoder: Callable,
+  mode: str,
+  chunk_rows: int,
+  programs: int,
 ):
   config = make_config(memory=MemoryConfig(chunk_rows=chunk_rows), steps=6)
+  terms = dataclasses.replace(config.objective, mode=mode)
   config = dataclasses.replace(
     config,
+    objective=terms,
     # Small batches, so that their rows differ in number.
     data=dataclasses.replace(
       config.data, row_buckets=2, embedding_batch=2, generative_batch=4
     ),
   )
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  generative = [data['generative']] if terms.has_generative else []
   pipeline = Pipeline(
-    config, [data['embedding']], [data['generative']], RowShards.whole(1)
+    config, [data['embedding']], generative, RowShards.whole(1)
   )
   optimizer = make_optimizer(config.optimizer, config.steps)
   step = objective.make_train_step(
@@ -163,15 +172,10 @@ def test_step_compiles_once_a_bucket(
     shapes = set()
     for host in pipeline.iterate():
       batch = place_batch(mesh, host.batch)
-      shapes.add(
-        (
-          batch.embedding.rows.tokens.shape,
-          batch.generative.loss_weights.shape,
-        )
-      )
+      shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
       state, _ = step(state, batch)
   assert int(state.step) == 6
-  assert len(shapes) == (1 if chunk_rows else 2)
+  assert len(shapes) == programs
   assert step._cache_size() == len(shapes)
 
 
