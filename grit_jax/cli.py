@@ -68,7 +68,7 @@ def run(
     argv: the flags; None: those of the process.
     config: whether there are `--config=FILE` and `--config.KEY=VALUE`, which
       ml_collections reads; `flags.config` is then a ConfigDict.
-    stopped: what to say after Ctrl-C.
+    stopped: what to say after Ctrl-C; `{NAME}` in it stands for a flag's value.
     less_memory: the settings that take less memory, to be named where it runs
       out.
 
@@ -114,7 +114,7 @@ def run(
       flags,
     )
   except KeyboardInterrupt:
-    _end(f'grit_jax: {stopped}', 128 + signal.SIGINT)
+    _end(f'grit_jax: {stopped.format(**vars(flags))}', 128 + signal.SIGINT)
 
 
 def parse_positive(text: str) -> int:

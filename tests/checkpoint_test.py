@@ -23,13 +23,13 @@ from grit_jax import checkpoint as checkpoint_module
 from grit_jax import optimizer
 from grit_jax.checkpoint import (
   Checkpoint,
-  CheckpointError,
   Checkpoints,
   find_checkpoint,
   flatten,
   has_checkpoint,
 )
 from grit_jax.config import OptimizerConfig
+from grit_jax.errors import UserError
 from grit_jax.models import presets
 from grit_jax.models.decoder import Decoder
 
@@ -255,7 +255,7 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
   assert len(names) == 2 and names[0] == '1' and names[1] != '2', names
   wanted = {'weight': jax.ShapeDtypeStruct((64, 64), jnp.float32)}
   assert find_checkpoint(tmp_path).folder.name == '1'
-  with pytest.raises(CheckpointError, match='not written to its end'):
+  with pytest.raises(UserError, match='not written to its end'):
     Checkpoint(folder / names[1])
   assert len(list(folder.iterdir())) == 2, 'a reader has cleaned'
   with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -283,7 +283,7 @@ def check_refused(mesh_of) -> Callable[..., None]:
 
   def check(workdir: pathlib.Path, *parts: str, **changes: int | str) -> None:
     before = listing(workdir)
-    with jax.set_mesh(mesh), pytest.raises(CheckpointError) as error:
+    with jax.set_mesh(mesh), pytest.raises(UserError) as error:
       read_all(workdir, abstract_state(mesh, **changes))
     message = str(error.value)
     assert message.startswith(str(workdir / 'checkpoints' / '7'))
@@ -339,11 +339,11 @@ def test_a_relative_workdir_is_taken(tmp_path, monkeypatch):
 
 def test_what_is_no_checkpoint_is_refused_and_left_alone(saved, tmp_path):
   assert has_checkpoint(saved[0]) and not has_checkpoint(tmp_path)
-  with pytest.raises(CheckpointError, match='8 does not exist'):
+  with pytest.raises(UserError, match='8 does not exist'):
     Checkpoint(saved[0] / 'checkpoints' / '8')
-  with pytest.raises(CheckpointError, match='nor the workdir of a run'):
+  with pytest.raises(UserError, match='nor the workdir of a run'):
     find_checkpoint(tmp_path)
-  with pytest.raises(CheckpointError, match='none does not exist'):
+  with pytest.raises(UserError, match='none does not exist'):
     find_checkpoint(tmp_path / 'none')
   assert not list(tmp_path.iterdir())
 

@@ -33,7 +33,9 @@ def run(
   parser.add_argument('--port', type=cli.parse_port)
   parser.add_argument('--folder', type=cli.parse_given)
   try:
-    cli.run(parser, command, argv, stopped='stopped here', less_memory='less')
+    cli.run(
+      parser, command, argv, stopped='stopped at {number}', less_memory='less'
+    )
   except SystemExit as end:
     return end.code, capsys.readouterr().err
   return 0, capsys.readouterr().err
@@ -56,7 +58,7 @@ def run(
       1,
       'error: memory ran out. Less is taken by less. RESOURCE_EXHAUSTED: 9 GB',
     ),
-    (KeyboardInterrupt(), 128 + signal.SIGINT, 'stopped here'),
+    (KeyboardInterrupt(), 128 + signal.SIGINT, 'stopped at None'),
   ],
 )
 def test_an_end_that_a_user_can_mend_is_one_line(

@@ -9,13 +9,13 @@ import pytest
 from grit_jax.config import (
   ATTENTION_MODES,
   Config,
-  ConfigError,
   DataConfig,
   LoraConfig,
   parse_numbers,
   resolve,
   to_config_dict,
 )
+from grit_jax.errors import ConfigError
 from grit_jax.models import presets
 
 

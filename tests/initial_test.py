@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grit_jax.checkpoint import CheckpointError, flatten
-from grit_jax.config import Config, ConfigError, DataConfig, ModelConfig
-from grit_jax.convert import ConvertError, hf_config, keys
+from grit_jax.checkpoint import flatten
+from grit_jax.config import Config, DataConfig, ModelConfig
+from grit_jax.convert import hf_config, keys
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.data.tokenizer_training import train_tokenizer
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.initial import load_model, open_initial, take_architecture
 from grit_jax.models import presets
 from grit_jax.models.quantization import quantize
@@ -155,7 +156,7 @@ def test_damaged_weights_of_a_checkpoint_are_named(sources, mesh_of, tmp_path):
   config = take_architecture(make_config(presets.of_init_from()), initial)
   with (
     jax.set_mesh(mesh_of(1, 2, 1)),
-    pytest.raises(CheckpointError, match='damaged: blocks/mlp/up cannot be'),
+    pytest.raises(UserError, match='damaged: blocks/mlp/up cannot be'),
   ):
     load_model(config, initial, jax.random.key(0))
 
@@ -228,8 +229,8 @@ def test_the_tokenizer_comes_with_the_model(sources, tokenizer_model):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-  with pytest.raises(CheckpointError, match='neither a Hugging Face folder'):
+  with pytest.raises(UserError, match='neither a Hugging Face folder'):
     open_initial(tmp_path)
   (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
-  with pytest.raises(ConvertError, match='bert'):
+  with pytest.raises(UserError, match='bert'):
     open_initial(tmp_path)

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 from small_run import Trained, copy_until, read_metrics, run_here
 
-from grit_jax.checkpoint import CheckpointError, find_checkpoint, flatten
-from grit_jax.config import (
-  CheckpointConfig,
-  Config,
-  ConfigError,
-  LoraConfig,
-  MeshConfig,
-)
+from grit_jax.checkpoint import find_checkpoint, flatten
+from grit_jax.config import CheckpointConfig, Config, LoraConfig, MeshConfig
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.initial import load_model, load_unmerged, open_initial
 from grit_jax.models.quantization import quantize
 
@@ -81,7 +76,7 @@ def test_another_base_is_refused(trained, adapted):
   # Of earlier steps: other weights of one architecture.
   other = trained.workdir / 'checkpoints' / '2'
   config = dataclasses.replace(config, init_from=str(other))
-  with pytest.raises(CheckpointError, match='has other weights than that had'):
+  with pytest.raises(UserError, match='has other weights than that had'):
     run_here(config, workdir, 4)
 
 

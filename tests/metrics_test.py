@@ -12,7 +12,8 @@ from tensorboardX.event_file_writer import EventFileWriter
 from tensorboardX.proto import event_pb2
 
 from grit_jax import metrics
-from grit_jax.metrics import MetricsError, MetricsWriter, plot_losses
+from grit_jax.errors import UserError
+from grit_jax.metrics import MetricsWriter, plot_losses
 
 
 def values_of(step: int) -> dict[str, float]:
@@ -136,7 +137,7 @@ def test_a_damaged_line_amid_the_file_is_named_and_kept(tmp_path):
   lines = path.read_text().splitlines(keepends=True)
   lines[1] = lines[1][:7] + '\n'
   path.write_text(''.join(lines))
-  with pytest.raises(MetricsError, match=r'metrics\.jsonl:2 is not JSON'):
+  with pytest.raises(UserError, match=r'metrics\.jsonl:2 is not JSON'):
     MetricsWriter(tmp_path, 8, 20)
   assert path.read_text() == ''.join(lines)
 

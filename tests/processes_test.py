@@ -23,7 +23,7 @@ from small_run import (
 
 from grit_jax import processes
 from grit_jax.config import CheckpointConfig, Config, MeshConfig
-from grit_jax.processes import ProcessError
+from grit_jax.errors import UserError
 from grit_jax.train import STOPPED
 
 DEVICES = 4
@@ -190,5 +190,5 @@ def test_processes_with_other_data_end_in_a_message(
   ],
 )
 def test_flags_that_cannot_be_are_named(flags, message):
-  with pytest.raises(ProcessError, match=message):
+  with pytest.raises(UserError, match=message):
     processes.start_processes(*flags)

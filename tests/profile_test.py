@@ -130,7 +130,7 @@ def test_a_tpu_library_without_a_tpu_is_named_and_not_started(
   config = write_config(make_config(tmp_path, '3-4'), tmp_path / 'config.py')
   process = start(config, tmp_path / 'run')
   output = process.communicate(timeout=120)[0]
-  assert process.returncode == 1, output
+  assert process.returncode == 2, output
   assert "error: profile.steps='3-4': libtpu is installed" in output
   assert 'Traceback' not in output
   assert not (tmp_path / 'run').exists()

@@ -20,11 +20,11 @@ from grit_jax.config import (
   MeshConfig,
   ModelConfig,
 )
+from grit_jax.errors import UserError
 from grit_jax.models.attention import Kind
 from grit_jax.models.decoder import Decoder
 from grit_jax.pooling import pool
 from grit_jax.sharding import (
-  MeshError,
   gather,
   join_rows,
   make_mesh,
@@ -356,21 +356,21 @@ def test_rows_are_split_over_the_experts_axis_too():
 def test_an_experts_axis_needs_experts_that_divide_over_it():
   mesh = make_mesh(MeshConfig(1, 1, 1, 8))
   with pytest.raises(
-    MeshError, match=r'mesh.expert=8, but model.num_experts=0'
+    UserError, match=r'mesh.expert=8, but model.num_experts=0'
   ):
     sharding.validate(make_config(), mesh)
-  with pytest.raises(MeshError, match=r'num_experts=4 .*mesh.expert=8'):
+  with pytest.raises(UserError, match=r'num_experts=4 .*mesh.expert=8'):
     sharding.validate(make_config(num_experts=4), mesh)
   sharding.validate(make_config(num_experts=8), mesh)
 
 
 def test_a_mesh_that_does_not_fit_the_devices_raises():
-  with pytest.raises(MeshError, match='mesh.fsdp=3.* of 3 devices.* are 8'):
+  with pytest.raises(UserError, match='mesh.fsdp=3.* of 3 devices.* are 8'):
     make_mesh(MeshConfig(1, 3, 1))
 
 
 def test_a_mesh_whose_rest_is_no_whole_number_raises():
-  with pytest.raises(MeshError, match='mesh.data=3.*8 devices.* by 3'):
+  with pytest.raises(UserError, match='mesh.data=3.*8 devices.* by 3'):
     make_mesh(MeshConfig(3, -1, 1))
 
 
@@ -402,7 +402,7 @@ def test_a_config_that_divides_is_valid(mesh_of: Callable, sizes: tuple):
 def test_a_model_that_does_not_divide_raises_and_names_the_key(
   mesh_of: Callable, changes: dict, sizes: tuple, message: str
 ):
-  with pytest.raises(MeshError, match=message):
+  with pytest.raises(UserError, match=message):
     sharding.validate(make_config(**changes), mesh_of(*sizes))
 
 
@@ -411,11 +411,11 @@ def test_chunks_and_evaluation_rows_that_do_not_divide_raise(
 ):
   mesh = mesh_of(2, 4, 1)
   config = dataclasses.replace(make_config(), memory=MemoryConfig(chunk_rows=4))
-  with pytest.raises(MeshError, match=r'memory\.chunk_rows=4 .*fsdp=8'):
+  with pytest.raises(UserError, match=r'memory\.chunk_rows=4 .*fsdp=8'):
     sharding.validate(config, mesh)
   evaluation = EvaluationConfig(rows=12)
   config = dataclasses.replace(make_config(), evaluation=evaluation)
-  with pytest.raises(MeshError, match=r'evaluation\.rows=12 .*fsdp=8'):
+  with pytest.raises(UserError, match=r'evaluation\.rows=12 .*fsdp=8'):
     sharding.validate(config, mesh)
   evaluation = EvaluationConfig(rows=12, enabled=False)
   config = dataclasses.replace(config, evaluation=evaluation)

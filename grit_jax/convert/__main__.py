@@ -110,4 +110,4 @@ def convert(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(make_parser(), convert, stopped='stopped; the target is not written')
+  cli.run(make_parser(), convert, stopped='stopped; {target} is not written.')

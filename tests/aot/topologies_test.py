@@ -3,17 +3,18 @@
 import pytest
 
 from grit_jax.aot.report import transfer_seconds
-from grit_jax.aot.topologies import CHIPS, TopologyError, find_chip
+from grit_jax.aot.topologies import CHIPS, find_chip
+from grit_jax.errors import UserError
 
 
 @pytest.mark.parametrize('name', ['v5e:8x9', 'v7x:2x2x1', 'v5e', ''])
 def test_an_unknown_topology_raises_and_names_those_there_are(name: str):
-  with pytest.raises(TopologyError, match='v5e:8x8, .*v6e:4x8.*tpu7x:2x2x1'):
+  with pytest.raises(UserError, match='v5e:8x8, .*v6e:4x8.*tpu7x:2x2x1'):
     find_chip(name)
 
 
 def test_a_near_miss_is_told_what_was_meant():
-  with pytest.raises(TopologyError, match='Did you mean v6e:4x8'):
+  with pytest.raises(UserError, match='Did you mean v6e:4x8'):
     find_chip('6e:4x8')
 
 

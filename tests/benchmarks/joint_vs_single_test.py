@@ -13,9 +13,9 @@ from joint import corpus, plan, results
 from PIL import Image
 from small_run import ROOT, read_metrics
 
-from grit_jax.config import ConfigError
 from grit_jax.data import standard_library
 from grit_jax.data.standard_library import Function
+from grit_jax.errors import ConfigError
 
 # The same weights and texts, in float32, but in another program.
 TOLERANCE = 1e-5

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from grit_jax.config import ModelConfig, RotaryScalingConfig
-from grit_jax.convert import ConvertError, hf_config
+from grit_jax.convert import hf_config
+from grit_jax.errors import UserError
 from grit_jax.models import presets
 
 LLAMA3 = RotaryScalingConfig('llama3', 8.0, 1.5, 5.0, 4096)
@@ -145,7 +146,7 @@ def test_keys_that_are_absent_have_transformers_defaults(family: str):
 def test_what_the_decoder_cannot_be_is_refused_by_key_and_value(
   changes: dict, message: str
 ):
-  with pytest.raises(ConvertError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     convert(**changes)
   assert str(error.value).startswith('folder/config.json')
 
@@ -176,5 +177,5 @@ def test_keys_that_nobody_reads_are_named_once(caplog):
 def test_a_config_that_cannot_be_read_is_named(tmp_path, content, message):
   if content is not None:
     (tmp_path / 'config.json').write_text(content)
-  with pytest.raises(ConvertError, match=re.escape(message)):
+  with pytest.raises(UserError, match=re.escape(message)):
     hf_config.read_config(tmp_path)

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grit_jax.config import RotaryScalingConfig
-from grit_jax.convert import ConvertError, hf_folder, keys
+from grit_jax.convert import hf_folder, keys
 from grit_jax.convert.hf_folder import HfFolder
+from grit_jax.errors import UserError
 from grit_jax.models.attention import rotary_frequencies
 
 MIXTRAL = {
@@ -130,14 +131,14 @@ def test_tensors_of_another_model_are_named(
   edit, message = TENSOR_MISTAKES[mistake]
   write_hf(tmp_path / 'hf')
   edit_tensors(tmp_path / 'hf', edit)
-  with pytest.raises(ConvertError, match=message):
+  with pytest.raises(UserError, match=message):
     HfFolder(tmp_path / 'hf')
 
 
 def test_many_problems_are_a_short_message(tmp_path, write_hf: Callable):
   write_hf(tmp_path / 'hf')
   edit_json(tmp_path / 'hf' / 'config.json', lambda c: c.update(hidden_size=48))
-  with pytest.raises(ConvertError) as error:
+  with pytest.raises(UserError) as error:
     HfFolder(tmp_path / 'hf')
   lines = str(error.value).splitlines()
   assert len(lines) == 12 and lines[-1] == '  ... and 20 more'
@@ -156,7 +157,7 @@ def test_a_damaged_file_is_named(tmp_path, write_hf: Callable):
     (b'version https://git-lfs.github.com/spec/v1\n', 'a pointer of Git LFS'),
   ):
     path.write_bytes(damaged)
-    with pytest.raises(ConvertError, match=f'model.safetensors .*{message}'):
+    with pytest.raises(UserError, match=f'model.safetensors .*{message}'):
       HfFolder(tmp_path / 'hf')
 
 
@@ -167,7 +168,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(
   folder = HfFolder(tmp_path / 'hf')
   path = tmp_path / 'hf' / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ConvertError, match='model.safetensors cannot be read'):
+  with pytest.raises(UserError, match='model.safetensors cannot be read'):
     folder.read(folder.tensors[0], whole(folder, folder.tensors[0]))
 
 
@@ -200,7 +201,7 @@ def test_an_index_that_contradicts_its_files_is_refused(
     folder / 'model.safetensors.index.json',
     lambda content: edit(content['weight_map'], folder),
   )
-  with pytest.raises(ConvertError, match=message):
+  with pytest.raises(UserError, match=message):
     HfFolder(folder)
 
 
@@ -212,7 +213,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path, write_hf: Callable):
   name = next(iter(load_file(paths[1])))
   tensors[name] = load_file(paths[1])[name]
   save_file(tensors, paths[0])
-  with pytest.raises(ConvertError, match=f'{name} is in two files'):
+  with pytest.raises(UserError, match=f'{name} is in two files'):
     HfFolder(folder)
 
 
@@ -220,7 +221,7 @@ def test_one_file_and_an_index_are_refused(tmp_path, write_hf: Callable):
   write_hf(tmp_path / 'hf', shards=2)
   write_hf(tmp_path / 'one')
   shutil.copy(tmp_path / 'one' / 'model.safetensors', tmp_path / 'hf')
-  with pytest.raises(ConvertError, match='has both model.safetensors and'):
+  with pytest.raises(UserError, match='has both model.safetensors and'):
     HfFolder(tmp_path / 'hf')
 
 
@@ -230,17 +231,17 @@ def test_files_of_pytorch_alone_are_refused_with_the_way_out(
   folder = tmp_path / 'hf'
   write_hf(folder)
   (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-  with pytest.raises(ConvertError, match=r'pytorch_model.bin.*save_pretrained'):
+  with pytest.raises(UserError, match=r'pytorch_model.bin.*save_pretrained'):
     HfFolder(folder)
   (folder / 'pytorch_model.bin').unlink()
-  with pytest.raises(ConvertError, match='no model.safetensors and no model'):
+  with pytest.raises(UserError, match='no model.safetensors and no model'):
     HfFolder(folder)
 
 
 def test_what_is_no_local_folder_is_refused(tmp_path):
-  with pytest.raises(ConvertError, match='none is not a folder'):
+  with pytest.raises(UserError, match='none is not a folder'):
     HfFolder(tmp_path / 'none')
-  with pytest.raises(ConvertError, match='gs://b/m: safetensors reads local'):
+  with pytest.raises(UserError, match='gs://b/m: safetensors reads local'):
     HfFolder('gs://b/m')
 
 
@@ -248,10 +249,10 @@ def test_a_tokenizer_is_needed_and_must_fit(tmp_path, write_hf: Callable):
   folder = tmp_path / 'hf'
   write_hf(folder)
   (folder / 'tokenizer.model').rename(tmp_path / 'tokenizer.model')
-  with pytest.raises(ConvertError, match='tokenizer.model'):
+  with pytest.raises(UserError, match='tokenizer.model'):
     HfFolder(folder)
   write_hf(tmp_path / 'small', vocab_size=399)
-  with pytest.raises(ConvertError, match='has 400 ids, .* vocab_size=399'):
+  with pytest.raises(UserError, match='has 400 ids, .* vocab_size=399'):
     HfFolder(tmp_path / 'small')
 
 
@@ -270,7 +271,7 @@ def test_buffers_of_old_folders_are_checked_and_left_out(
   assert len(HfFolder(folder).tensors) == 30
   assert '3 tensors say what is known already' in caplog.text
   edit_tensors(folder, lambda t: t.update({name.format(1): 2 * frequencies}))
-  with pytest.raises(ConvertError, match=r'layers\.1\..* contradicts'):
+  with pytest.raises(UserError, match=r'layers\.1\..* contradicts'):
     HfFolder(folder)
 
 
@@ -284,7 +285,7 @@ def test_a_second_head_beside_tied_embeddings_must_be_the_same(
   assert 'head' not in {tensor.path for tensor in HfFolder(folder).tensors}
   head[-1, -1] = np.nextafter(head[-1, -1], np.float32(9))
   edit_tensors(folder, lambda t: t.update({'lm_head.weight': head}))
-  with pytest.raises(ConvertError, match='tie_word_embeddings=True, but'):
+  with pytest.raises(UserError, match='tie_word_embeddings=True, but'):
     HfFolder(folder)
 
 
@@ -309,11 +310,11 @@ def test_the_dense_module_of_another_tool_is_refused(
   (folder / '2_Dense' / 'config.json').write_text(json.dumps(dense))
   modules = [{'path': '2_Dense', 'type': 'sentence_transformers.models.Dense'}]
   (folder / 'modules.json').write_text(json.dumps(modules))
-  with pytest.raises(ConvertError, match='Tanh.*is linear'):
+  with pytest.raises(UserError, match='Tanh.*is linear'):
     HfFolder(folder)
   dense['activation_function'] = 'torch.nn.modules.linear.Identity'
   (folder / '2_Dense' / 'config.json').write_text(json.dumps(dense))
-  with pytest.raises(ConvertError, match=r'has a projection .*no grit_jax'):
+  with pytest.raises(UserError, match=r'has a projection .*no grit_jax'):
     HfFolder(folder)
 
 
@@ -331,5 +332,5 @@ def test_a_runs_configuration_must_be_that_of_the_folder(
   assert dataclasses.asdict(opened.config) == run
   run['model']['rope_theta'] = 1e4
   (folder / 'grit_jax.json').write_text(json.dumps(run))
-  with pytest.raises(ConvertError, match=r'model.rope_theta=10000\.0, but'):
+  with pytest.raises(UserError, match=r'model.rope_theta=10000\.0, but'):
     HfFolder(folder)

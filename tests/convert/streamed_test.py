@@ -13,8 +13,9 @@ import pytest
 from file_sizes import limit_file_sizes
 
 from grit_jax import checkpoint as checkpoint_module
-from grit_jax.checkpoint import Checkpoint, CheckpointError
+from grit_jax.checkpoint import Checkpoint
 from grit_jax.convert.streamed import StreamedArray, write_checkpoint
+from grit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = {'model': {'num_layers': 3}}
@@ -88,7 +89,7 @@ def test_large_parts_are_split_into_stretches_of_rows(
 
 def test_an_existing_target_is_refused_and_left_alone(tmp_path, arrays):
   (tmp_path / 'model').mkdir()
-  with pytest.raises(CheckpointError, match='model exists: remove it'):
+  with pytest.raises(UserError, match='model exists: remove it'):
     write(tmp_path / 'model', arrays)
   assert [path.name for path in tmp_path.iterdir()] == ['model']
   assert not list((tmp_path / 'model').iterdir())
@@ -97,7 +98,7 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path, arrays):
 def test_a_target_below_a_file_is_refused(tmp_path, arrays):
   (tmp_path / 'file').touch()
   message = 'file/below/model cannot be written: .*Not a directory'
-  with pytest.raises(CheckpointError, match=message):
+  with pytest.raises(UserError, match=message):
     write(tmp_path / 'file' / 'below' / 'model', arrays)
   assert [path.name for path in tmp_path.iterdir()] == ['file']
 
@@ -125,7 +126,7 @@ def test_a_disk_that_refuses_ends_in_one_message(tmp_path):
   message = f'^{tmp_path}/model cannot be written: [^\n]*$'
   with (
     limit_file_sizes(30_000),
-    pytest.raises(CheckpointError, match=message),
+    pytest.raises(UserError, match=message),
   ):
     write_checkpoint(tmp_path / 'model', {'x': draw_much(4)}, {}, {})
   assert not list(tmp_path.iterdir())

@@ -13,11 +13,11 @@ import pytest
 from file_sizes import limit_file_sizes
 from safetensors.numpy import load_file
 
-from grit_jax.checkpoint import CheckpointError
 from grit_jax.config import Config, DataConfig, ObjectiveConfig
-from grit_jax.convert import ConvertError, keys, to_hf
+from grit_jax.convert import keys, to_hf
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.data.tokenizer import load_tokenizer
+from grit_jax.errors import UserError
 from grit_jax.models import presets
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -269,7 +269,7 @@ def test_weights_of_another_model_are_refused(
   tmp_path, write_run, changes, message
 ):
   write_run(tmp_path / 'run', CONFIG, **changes)
-  with pytest.raises(ConvertError, match=message):
+  with pytest.raises(UserError, match=message):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}
 
@@ -280,7 +280,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, write_run, value):
   broken = weights['blocks/mlp/down'].copy()
   broken[1, -1, -1] = value
   write_run(tmp_path / 'run', CONFIG, **{'blocks/mlp/down': broken})
-  with pytest.raises(ConvertError, match=r'layers\.1\.mlp\.down_proj'):
+  with pytest.raises(UserError, match=r'layers\.1\.mlp\.down_proj'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'first', 'run'}
 
@@ -301,7 +301,7 @@ def test_a_value_beyond_float16_is_named(tmp_path, write_run):
   large = weights['blocks/attention/q'].copy()
   large[0, 0, 0] = 65520  # rounds to infinity; 65519 would to 65504
   write_run(tmp_path / 'run', CONFIG, **{'blocks/attention/q': large})
-  with pytest.raises(ConvertError, match=r'layers\.0\.self_attn\.q.*float16'):
+  with pytest.raises(UserError, match=r'layers\.0\.self_attn\.q.*float16'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out', 'float16')
   assert files_in(tmp_path) == {'first', 'run'}
   to_hf.to_hf(tmp_path / 'run', tmp_path / 'out', 'bfloat16')
@@ -309,7 +309,7 @@ def test_a_value_beyond_float16_is_named(tmp_path, write_run):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, write_run):
   write_run(tmp_path / 'run', change(vocab_size=399))
-  with pytest.raises(ConvertError, match='400 ids.*vocab_size=399'):
+  with pytest.raises(UserError, match='400 ids.*vocab_size=399'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
 
 
@@ -317,27 +317,27 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, write_run):
 def test_a_target_that_exists_is_refused_first(tmp_path, make):
   target = tmp_path / 'out'
   getattr(target, make)(*(['nowhere'] if make == 'symlink_to' else []))
-  with pytest.raises(ConvertError, match='out exists'):
+  with pytest.raises(UserError, match='out exists'):
     to_hf.to_hf(tmp_path / 'no source', target)
 
 
 def test_a_target_on_a_bucket_is_refused(tmp_path):
-  with pytest.raises(ConvertError, match='gs://b/out is not a local folder'):
+  with pytest.raises(UserError, match='gs://b/out is not a local folder'):
     to_hf.to_hf(tmp_path / 'no source', 'gs://b/out')
 
 
 def test_a_target_below_a_file_is_refused(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
   (tmp_path / 'file').touch()
-  with pytest.raises(ConvertError, match='file/out cannot be written'):
+  with pytest.raises(UserError, match='file/out cannot be written'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'file' / 'out')
 
 
 def test_a_source_that_is_no_checkpoint_is_refused(tmp_path):
-  with pytest.raises(CheckpointError, match='no source does not exist'):
+  with pytest.raises(UserError, match='no source does not exist'):
     to_hf.to_hf(tmp_path / 'no source', tmp_path / 'out')
   (tmp_path / 'folder').mkdir()
-  with pytest.raises(CheckpointError, match='folder is neither'):
+  with pytest.raises(UserError, match='folder is neither'):
     to_hf.to_hf(tmp_path / 'folder', tmp_path / 'out')
   assert files_in(tmp_path) == {'folder'}
 
@@ -346,7 +346,7 @@ def test_damaged_weights_are_named(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
   for chunk in (tmp_path / 'run/state/model.blocks.mlp.up').glob('0.*'):
     chunk.write_bytes(b'not a chunk')
-  with pytest.raises(ConvertError, match='blocks/mlp/up cannot be read'):
+  with pytest.raises(UserError, match='blocks/mlp/up cannot be read'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}
 
@@ -412,6 +412,6 @@ def test_a_stopped_export_leaves_nothing_that_hinders_the_next(
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
   message = f'^{tmp_path}/out cannot be written: File too large'
-  with limit_file_sizes(100_000), pytest.raises(ConvertError, match=message):
+  with limit_file_sizes(100_000), pytest.raises(UserError, match=message):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}

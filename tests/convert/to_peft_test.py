@@ -16,10 +16,10 @@ from grit_jax import sharding
 from grit_jax.batch import Rows
 from grit_jax.checkpoint import Checkpoints
 from grit_jax.config import Config, DataConfig, LoraConfig, MeshConfig
-from grit_jax.convert import ConvertError
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.convert.to_peft import to_peft
+from grit_jax.errors import UserError
 from grit_jax.initial import (
   describe_base,
   load_model,
@@ -220,6 +220,6 @@ def test_factors_are_written_as_they_are_saved(runs, tmp_path):
 def test_a_run_without_adapters_is_refused(write_run, tmp_path):
   model = dataclasses.replace(presets.tiny(), vocab_size=407)
   write_run(tmp_path / 'run', Config(model=model))
-  with pytest.raises(ConvertError, match=r'has no adapters: .* to_hf'):
+  with pytest.raises(UserError, match=r'has no adapters: .* to_hf'):
     to_peft(tmp_path / 'run', tmp_path / 'peft')
   assert not (tmp_path / 'peft').exists()

@@ -15,11 +15,11 @@ import tensorflow_datasets as tfds
 from grit_jax.data import dataset, formats, parts, records, tokenization
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
 from grit_jax.data.examples import NO_ANSWER
-from grit_jax.data.folders import PreparationError
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource
 from grit_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+from grit_jax.errors import UserError
 
 LIMITS = dict(
   max_query_tokens=24,
@@ -340,7 +340,7 @@ def test_too_few_negatives_show_in_a_data_set_that_was_made_for_fewer(
 
 def test_a_remote_directory_is_refused(tmp_path, tokenizer):
   source = write_embedding(tmp_path)
-  with pytest.raises(PreparationError, match='gs://bucket: .* mounted disk'):
+  with pytest.raises(UserError, match='gs://bucket: .* mounted disk'):
     dataset.prepare(source, TRAIN, tokenizer, 'gs://bucket', **LIMITS)
 
 

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from grit_jax.config import ConfigError
 from grit_jax.data.order import BatchOrder
+from grit_jax.errors import ConfigError
 
 # Sizes, records an epoch, and the size of a batch: whole and broken numbers of
 # passes, sets smaller than a batch, and one that is left out.

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from grit_jax.config import Config, ConfigError, DataConfig
+from grit_jax.config import Config, DataConfig
 from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset, prepare
 from grit_jax.data.plan import EmbeddingPlan, GenerativePlan, Plan
 from grit_jax.data.sources import TRAIN, sources
+from grit_jax.errors import ConfigError
 
 # Records of each embedding data set. A batch of 8 leaves 3, 1 and 6 over: ten
 # make one more batch of several data sets, and 2 sit the epoch out.

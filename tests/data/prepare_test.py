@@ -12,12 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from grit_jax.config import (
   Config,
-  ConfigError,
   DataConfig,
   EvaluationConfig,
   ObjectiveConfig,
@@ -28,6 +25,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+from grit_jax.errors import ConfigError, UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -156,13 +154,12 @@ def start_command(*flags: str) -> subprocess.CompletedProcess:
 def run_command(tmp_path: pathlib.Path) -> Callable:
   """Runs the command here on the raw data; returns what it ends with."""
 
-  @flagsaver.flagsaver
   def run(*given: str) -> str | None:
-    flags.FLAGS(['prepare', *make_flags(tmp_path, *given)])
+    flags = prepare.make_parser().parse_args(make_flags(tmp_path, *given))
     try:
-      prepare.main(['prepare'])
-    except SystemExit as end:
-      return end.code
+      prepare.prepare(prepare.make_config(flags), flags.target)
+    except UserError as error:
+      return str(error)
     return None
 
   return run
@@ -212,7 +209,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_whole(
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   target = tmp_path / 'prepared'
-  assert message.startswith(f'grit_jax: error: {target}: cannot write: ')
+  assert message.startswith(f'{target}: cannot write: ')
   assert '\n' not in message and not capsys.readouterr().err
   assert 'File too large' in message and 'make room' in message
   assert not list(target.glob('*/dataset.json'))

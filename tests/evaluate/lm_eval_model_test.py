@@ -15,17 +15,13 @@ lm_eval = pytest.importorskip('lm_eval')
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from grit_jax.errors import UserError  # noqa: E402
 from grit_jax.evaluate import __main__ as command  # noqa: E402
 from grit_jax.evaluate import generative_tasks  # noqa: E402
 from grit_jax.evaluate.generative_tasks import PAPER, PaperTask  # noqa: E402
 from grit_jax.evaluate.lm_eval_model import (  # noqa: E402
   LanguageModel,
   make_sampling,
-)
-from grit_jax.evaluate.mistakes import (  # noqa: E402
-  UnfitTaskError,
-  UnknownTaskError,
-  UnsafeTaskError,
 )
 from grit_jax.inference.gritlm import GritLM  # noqa: E402
 
@@ -323,19 +319,17 @@ def test_generation_arguments_are_read_or_refused():
   assert (sampling.max_new_tokens, sampling.seed) == (7, 3)
   greedy = make_sampling({'do_sample': False, 'max_new_tokens': 4}, 7, 3)
   assert (greedy.temperature, greedy.max_new_tokens) == (0.0, 4)
-  with pytest.raises(
-    UnfitTaskError, match=r"\['num_beams'\], which there is not"
-  ):
+  with pytest.raises(UserError, match=r"\['num_beams'\], which there is not"):
     make_sampling({'num_beams': 3}, 7, 3)
 
 
 def test_what_is_too_long_is_refused(ours, random_run):
   long = {'max_gen_toks': 128, 'until': []}
-  with pytest.raises(UnfitTaskError, match='max_gen_toks=128 leaves no room'):
+  with pytest.raises(UserError, match='max_gen_toks=128 leaves no room'):
     ask(ours, 'generate_until', ('a', long))
-  with pytest.raises(UnfitTaskError, match='tokens, not 1 to max_length=128'):
+  with pytest.raises(UserError, match='tokens, not 1 to max_length=128'):
     ask(ours, 'loglikelihood', ('a', 'b ' * 150))
-  with pytest.raises(UnfitTaskError, match='more than the 128 positions'):
+  with pytest.raises(UserError, match='more than the 128 positions'):
     LanguageModel(ours.model, max_length=129)
 
 
@@ -375,13 +369,13 @@ def test_command_prints_scores(
   task_folder, make_manager, random_run, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setattr('lm_eval.tasks.TaskManager', make_manager)
-  flags = command.parse_flags(
+  flags = command.make_parser().parse_args(
     [
-      'evaluate', 'lm', f'--model={random_run}', '--tasks=local_choice',
+      'lm', f'--model={random_run}', '--tasks=local_choice',
       f'--output={tmp_path}', f'--task_folder={task_folder}', '--limit=8',
     ]
   )  # fmt: skip
-  command.main(flags)
+  command.evaluate(flags)
   assert 'local_choice' in capsys.readouterr().out
   (file,) = tmp_path.rglob('local_choice-first-8.json')
   assert file.parts[-4:-2] == ('lm', 'run')
@@ -389,11 +383,11 @@ def test_command_prints_scores(
 
 def test_tasks_that_cannot_run_are_refused(ours, manager, tmp_path):
   check = generative_tasks.check_names
-  with pytest.raises(UnknownTaskError, match="'nothing', nor has the paper"):
+  with pytest.raises(UserError, match="'nothing', nor has the paper"):
     check(manager, ['mmlu', 'nothing'], False)
-  with pytest.raises(UnsafeTaskError, match='--run_unsafe_code'):
+  with pytest.raises(UserError, match='--run_unsafe_code'):
     check(manager, ['mmlu', 'humaneval'], False)
   check(manager, ['humaneval', 'arc_easy', 'local_choice'], True)
-  with pytest.raises(UnsafeTaskError, match='local_code.*--run_unsafe_code'):
+  with pytest.raises(UserError, match='local_code.*--run_unsafe_code'):
     generative_tasks.evaluate(ours, ['local_code'], tmp_path, manager=manager)
   assert not list(tmp_path.glob('*.json'))

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import grit_jax.evaluate
+from grit_jax.errors import UserError
 from grit_jax.evaluate import __main__ as command
 
 
@@ -18,9 +19,9 @@ def test_a_missing_runner_is_named_with_its_extra(
   monkeypatch.setitem(sys.modules, package, None)
   monkeypatch.delitem(sys.modules, f'grit_jax.evaluate.{module}', raising=False)
   monkeypatch.delattr(grit_jax.evaluate, module, raising=False)
-  flags = command.parse_flags(['evaluate', name, '--model=a', '--tasks=b'])
+  flags = command.make_parser().parse_args([name, '--model=a', '--tasks=b'])
   with pytest.raises(
-    SystemExit,
+    UserError,
     match=rf"{package}\S* is not installed.*'grit_jax\[{name}\]'",
   ):
-    command.main(flags)
+    command.evaluate(flags)

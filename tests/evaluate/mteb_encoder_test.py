@@ -18,9 +18,9 @@ from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from mteb.models.model_meta import ModelMeta  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
+from grit_jax.errors import UserError  # noqa: E402
 from grit_jax.evaluate import __main__ as command  # noqa: E402
 from grit_jax.evaluate import mteb_encoder  # noqa: E402
-from grit_jax.evaluate.mistakes import UnknownTaskError  # noqa: E402
 from grit_jax.inference.gritlm import GritLM  # noqa: E402
 
 # Scores of embeddings that agree within 1e-5, of two float32 programs.
@@ -253,7 +253,7 @@ def test_instructions_are_the_papers(model, name, queries, documents):
 def test_all_of_the_papers_tasks_are_found():
   tasks = mteb_encoder.find_tasks('MTEB(eng, v1),NQ,LitSearchRetrieval')
   assert len(tasks) == 56 + 1
-  with pytest.raises(UnknownTaskError, match="'NQQ'.*Did you mean: 'NQ'"):
+  with pytest.raises(UserError, match="'NQQ'.*Did you mean: 'NQ'"):
     mteb_encoder.find_tasks('STS17,NQQ')
 
 
@@ -267,13 +267,13 @@ def test_command_prints_scores_and_names_mistakes(
   )
 
   def run(names: str, model: pathlib.Path = random_run) -> None:
-    flags = command.parse_flags(
+    flags = command.make_parser().parse_args(
       [
-        'evaluate', 'mteb', f'--model={model}', f'--tasks={names}',
+        'mteb', f'--model={model}', f'--tasks={names}',
         f'--output={tmp_path}', '--max_length=64', '--mesh=data=4,fsdp=-1',
       ]
     )  # fmt: skip
-    command.main(flags)
+    command.evaluate(flags)
 
   run('LocalSTS,LocalRetrieval')
   lines = capsys.readouterr().out.splitlines()
@@ -281,12 +281,12 @@ def test_command_prints_scores_and_names_mistakes(
     ['Retrieval', 'LocalRetrieval'], ['STS', 'LocalSTS'],
     ['Retrieval', 'mean'], ['STS', 'mean'], ['all', 'mean'],
   ]  # fmt: skip
-  with pytest.raises(SystemExit, match="no task or benchmark 'Nothing'"):
+  with pytest.raises(UserError, match="no task or benchmark 'Nothing'"):
     run('Nothing')
-  with pytest.raises(SystemExit, match='grit_jax: error: .*missing'):
+  with pytest.raises(UserError, match='missing'):
     run('LocalSTS', tmp_path / 'missing')
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
   monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
-  with pytest.raises(SystemExit, match='where there is no network'):
+  with pytest.raises(UserError, match='where there is no network'):
     run('BIOSSES')

@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from grit_jax.inference.cache import CacheError, KVCache
+from grit_jax.errors import UserError
+from grit_jax.inference.cache import KVCache
 
 
 def draw(tokens: int, seed: int = 0) -> KVCache:
@@ -44,11 +45,11 @@ def test_joined_caches_stand_one_behind_the_other():
 
 def test_a_file_that_is_no_cache_is_named(tmp_path: pathlib.Path):
   path = tmp_path / 'cache.npy'
-  with pytest.raises(CacheError, match='cache.npy'):
+  with pytest.raises(UserError, match='cache.npy'):
     KVCache.open(path)
   np.save(path, np.zeros((2, 3)))
-  with pytest.raises(CacheError, match=r'float64\[2, 3\]'):
+  with pytest.raises(UserError, match=r'float64\[2, 3\]'):
     KVCache.open(path)
   path.write_bytes(b'nothing')
-  with pytest.raises(CacheError, match='cache.npy'):
+  with pytest.raises(UserError, match='cache.npy'):
     KVCache.open(path)

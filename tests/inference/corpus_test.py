@@ -11,9 +11,9 @@ import zstandard
 
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
+from grit_jax.errors import UserError
 from grit_jax.inference.corpus import CorpusWriter, parse_document
 from grit_jax.inference.index import Index
-from grit_jax.inference.shards import SearchIndexError
 
 DIMENSION = 6
 SETTINGS = {'model': '/a', 'model_sha256': '12', 'instruction': 'ü'}
@@ -188,9 +188,7 @@ def test_another_run_does_not_go_on_in_a_folder(tmp_path, changed, fault):
   before = files_of(folder)
   if not changed:
     change_last(path)
-  with pytest.raises(
-    SearchIndexError, match=f'^{folder}: was begun with {fault}'
-  ):
+  with pytest.raises(UserError, match=f'^{folder}: was begun with {fault}'):
     open_writer(path, folder, **changed)
   assert files_of(folder) == before
 
@@ -211,14 +209,14 @@ def test_an_index_extended_before_it_was_whole_is_refused(tmp_path):
     open_writer(path, folder).write(embed_until(2))
   other = [{'id': 'x', 'text': 'of another'}]
   Index.open(folder).extend(embed(other), other)
-  with pytest.raises(SearchIndexError, match="document 10 is 'x', not that of"):
+  with pytest.raises(UserError, match="document 10 is 'x', not that of"):
     open_writer(path, folder)
 
 
 def test_an_index_is_not_written_over_a_file(tmp_path):
   path = write_corpus(tmp_path / 'c.jsonl')
   for folder in path, 'gs://bucket/index':
-    with pytest.raises(SearchIndexError, match=f'^{folder}: not a folder of a'):
+    with pytest.raises(UserError, match=f'^{folder}: not a folder of a'):
       open_writer(path, folder)
 
 

@@ -11,9 +11,10 @@ import pytest
 from absl import logging as absl_logging
 
 from grit_jax import GritLM
-from grit_jax.config import Config, ConfigError, MeshConfig
+from grit_jax.config import Config, MeshConfig
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
 from grit_jax.data.formats import FormatError
+from grit_jax.errors import ConfigError
 from grit_jax.inference.encoding import LEAST_ROW, Request, round_length
 from grit_jax.initial import load_model, open_initial
 from grit_jax.models import presets

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from grit_jax.data import folders
+from grit_jax.errors import UserError
 from grit_jax.inference import search
 from grit_jax.inference.index import Index
-from grit_jax.inference.shards import SearchIndexError
 
 DIMENSION = 24
 # Documents of each shard; blocks and devices end in the middle of them.
@@ -165,7 +165,7 @@ def test_few_shapes_are_compiled(tmp_path, rng):
 
 def test_wrong_queries_are_refused(tmp_path, rng):
   index = Index.create(tmp_path, DIMENSION)
-  with pytest.raises(SearchIndexError, match='no documents'):
+  with pytest.raises(UserError, match='no documents'):
     index.search(draw(rng, 1), 1)
   index.extend(draw(rng, 2), number_documents(0, 2))
   with pytest.raises(ValueError, match='k is 0'):
@@ -206,7 +206,7 @@ def test_a_document_is_read_without_the_others(tmp_path, rng):
   path.write_bytes(b''.join(lines))
   assert index.documents([61]) == number_documents(61, 1)
   for number in -1, 203:
-    with pytest.raises(SearchIndexError, match=f'no document {number}, of 203'):
+    with pytest.raises(UserError, match=f'no document {number}, of 203'):
       index.documents([number])
 
 
@@ -249,10 +249,10 @@ def test_of_two_that_extend_one_is_refused(tmp_path, rng):
   first = Index.create(tmp_path / 'index', DIMENSION)
   second = Index.open(tmp_path / 'index')
   with folders.lock(tmp_path / 'index'):
-    with pytest.raises(SearchIndexError, match='another process extends it'):
+    with pytest.raises(UserError, match='another process extends it'):
       first.extend(draw(rng, 1), number_documents(0, 1))
   second.extend(draw(rng, 1), number_documents(0, 1))
-  with pytest.raises(SearchIndexError, match='open it again'):
+  with pytest.raises(UserError, match='open it again'):
     first.extend(draw(rng, 1), number_documents(1, 1))
   assert len(Index.open(tmp_path / 'index')) == 1
 
@@ -291,7 +291,7 @@ def change(x: np.ndarray, row: int, value: float) -> np.ndarray:
 def test_what_must_not_be_added_is_named(tmp_path, rng, documents, edit, fault):
   index = make_index(tmp_path, draw(rng, 2), (2,))
   x = draw(rng, 3)
-  with pytest.raises(SearchIndexError, match=fault):
+  with pytest.raises(UserError, match=fault):
     index.extend(
       change(x, *edit) if edit else x,
       [{'id': name, 'text': ''} for name in documents],
@@ -306,7 +306,7 @@ def test_ids_of_one_hash_are_told_apart(tmp_path, rng, monkeypatch):
     )
   index = make_index(tmp_path, draw(rng, 5), (2, 3))
   index.check()
-  with pytest.raises(SearchIndexError, match="'d1' is also that of document 1"):
+  with pytest.raises(UserError, match="'d1' is also that of document 1"):
     index.extend(draw(rng, 2), [{'id': i, 'text': ''} for i in ('x1', 'd1')])
 
 
@@ -395,7 +395,7 @@ def test_check_finds_and_names_what_was_changed(
   index = make_index(tmp_path, draw(rng, 30), (20, 10))
   index.check()
   edit(tmp_path / name)
-  with pytest.raises(SearchIndexError, match=f'^{tmp_path / name}:? ?{fault}'):
+  with pytest.raises(UserError, match=f'^{tmp_path / name}:? ?{fault}'):
     Index.open(tmp_path).check()
 
 
@@ -405,19 +405,19 @@ def test_an_index_is_not_made_over_another_nor_opened_where_none_is(tmp_path):
   assert (len(index), index.dimension, index.dtype) == (0, 3, 'bfloat16')
   assert index.metadata == {'model': 'ü'} and not index.unit_norm
   index.check()
-  with pytest.raises(SearchIndexError, match='an index already'):
+  with pytest.raises(UserError, match='an index already'):
     Index.create(tmp_path, 3)
-  with pytest.raises(SearchIndexError, match="dtype='int8', expected one of"):
+  with pytest.raises(UserError, match="dtype='int8', expected one of"):
     Index.create(tmp_path / 'new', 3, 'int8')
-  with pytest.raises(SearchIndexError, match='dimension=0'):
+  with pytest.raises(UserError, match='dimension=0'):
     Index.create(tmp_path / 'new', 0)
-  with pytest.raises(SearchIndexError, match='no index'):
+  with pytest.raises(UserError, match='no index'):
     Index.open(tmp_path / 'new')
   path = tmp_path / 'index.json'
   fields = json.loads(path.read_text())
   path.write_text(json.dumps({**fields, 'version': 7}))
-  with pytest.raises(SearchIndexError, match='found version 7, expected 1'):
+  with pytest.raises(UserError, match='found version 7, expected 1'):
     Index.open(tmp_path)
   path.write_text('[]')
-  with pytest.raises(SearchIndexError, match='index.json: not the file of an'):
+  with pytest.raises(UserError, match='index.json: not the file of an'):
     Index.open(tmp_path)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from visibility import LETTERS, seen_by
 
-from grit_jax.config import ATTENTION_MODES, ConfigError, RotaryScalingConfig
+from grit_jax.config import ATTENTION_MODES, RotaryScalingConfig
+from grit_jax.errors import ConfigError
 from grit_jax.models import attention
 from grit_jax.models.attention import Kind
 

@@ -12,6 +12,7 @@ import scipy.stats
 
 from grit_jax.batch import Rows
 from grit_jax.config import MeshConfig, ModelConfig
+from grit_jax.errors import UserError
 from grit_jax.models import presets
 from grit_jax.models.attention import Kind
 from grit_jax.models.decoder import Decoder
@@ -22,7 +23,7 @@ from grit_jax.models.quantization import (
   quantize,
   quantize_weight,
 )
-from grit_jax.sharding import MeshError, make_mesh, place
+from grit_jax.sharding import make_mesh, place
 
 # The paper's table is printed from float32.
 CODE_TOLERANCE = 1e-6
@@ -207,7 +208,7 @@ def test_blocks_that_do_not_divide_are_an_error(mesh_of, random_decoder):
   with jax.set_mesh(mesh):
     model = random_decoder(mesh, config)
     quantize(model, 'int8')
-    with pytest.raises(MeshError, match=r'2 blocks of 64 inputs .* 4 devices'):
+    with pytest.raises(UserError, match=r'2 blocks of 64 inputs .* 4 devices'):
       quantize(model, 'nf4')
 
 

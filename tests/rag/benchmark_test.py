@@ -24,10 +24,10 @@ def test_both_sides_are_timed_and_give_the_same_tokens(
   folder, tmp_path, capsys
 ):
   output = tmp_path / 'rag.json'
-  command.main(
-    command.parse_flags(
+  command.answer(
+    command.make_parser().parse_args(
       [
-        'rag', 'benchmark', f'--model={folder}', '--tokens=40', '--repeats=1',
+        'benchmark', f'--model={folder}', '--tokens=40', '--repeats=1',
         f'--output={output}',
       ]
     )

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from grit_jax.errors import UserError
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.index import Index
 from grit_jax.rag import __main__ as command
@@ -29,7 +30,7 @@ INDEX_FLAGS = ('--max_length=40', '--shard_documents=2', '--batch_size=2')
 
 
 def run(*argv) -> None:
-  command.main(command.parse_flags(['rag', *map(str, argv)]))
+  command.answer(command.make_parser().parse_args([*map(str, argv)]))
 
 
 @pytest.fixture(scope='module')
@@ -160,7 +161,7 @@ def test_a_stopped_index_goes_on_to_the_same(
     write(self, number, cache)
 
   monkeypatch.setattr(DiskCaches, 'write', stop_at_fourth)
-  with pytest.raises(SystemExit, match='what is whole is kept'):
+  with pytest.raises(KeyboardInterrupt):
     run(*flags)
   # The shard whose caches were not all there is not in the index.
   assert len(Index.open(target)) == 2
@@ -189,7 +190,7 @@ def test_a_stopped_index_goes_on_to_the_same(
 def test_mistakes_end_in_one_message(index_of, tmp_path, flags, message):
   target = index_of('doc-caching')
   flags = [flag.format(missing=tmp_path / 'missing') for flag in flags]
-  with pytest.raises(SystemExit, match=message) as stopped:
+  with pytest.raises(UserError, match=message) as stopped:
     run('ask', f'--index={target}', *flags, 'Who?')
   assert '\n' not in str(stopped.value)
 
@@ -197,7 +198,7 @@ def test_mistakes_end_in_one_message(index_of, tmp_path, flags, message):
 def test_another_models_index_is_refused(index_of, folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / 'other')
   (other / 'README.md').write_text('changed')
-  with pytest.raises(SystemExit, match='is not the model that made this index'):
+  with pytest.raises(UserError, match='is not the model that made this index'):
     run('ask', f'--index={index_of("")}', f'--model={other}', 'Who?')
 
 
@@ -206,7 +207,7 @@ def test_a_full_disk_is_refused_before_work(
 ):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  with pytest.raises(SystemExit, match='the caches need .* and 1 kB are free'):
+  with pytest.raises(UserError, match='the caches need .* and 1 kB are free'):
     run(
       'index', f'--source={notes}', f'--model={folder}',
       f'--index={tmp_path / "index"}', '--caches=doc-caching',
@@ -218,7 +219,7 @@ def test_a_damaged_cache_is_named(index_of, tmp_path):
   target = shutil.copytree(index_of('doc-caching'), tmp_path / 'index')
   for path in (target / 'caches').rglob('*.npy'):
     path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(SystemExit, match=r'caches/00000/0000000\d\d\.npy is not'):
+  with pytest.raises(UserError, match=r'caches/00000/0000000\d\d\.npy is not'):
     run('ask', f'--index={target}', 'Who?')
   with pytest.raises(ValueError, match='is not the file of a KV cache'):
     KVCache.open(tmp_path / 'nowhere.npy')
