@@ -84,6 +84,8 @@ def run(
       flags.config = parse_config(rest)
     else:
       parser.parse_args(argv, flags)
+    # absl's logs wait for its own flags, of which there are none.
+    absl_flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.set_verbosity(flags.verbosity)
     quiet_libraries()

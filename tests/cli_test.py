@@ -2,20 +2,34 @@
 
 import argparse
 import errno
+import logging as standard
 import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import pytest
+from absl import logging
 from small_run import ROOT
 
 from grit_jax import cli
 from grit_jax.config import Config, to_config_dict
 from grit_jax.errors import ConfigError, UserError
 
+root = standard.getLogger()
 QUICKSTART = ROOT / 'configs' / 'quickstart.py'
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+  """Leaves the process's logs as they were."""
+  handler, verbosity = logging.get_absl_handler(), logging.get_verbosity()
+  filters, handlers = list(handler.filters), list(root.handlers)
+  yield
+  logging.set_verbosity(verbosity)
+  handler.filters, root.handlers = filters, handlers
 
 
 def run(

@@ -21,6 +21,7 @@ from grit_jax.aot import collectives, hlo, memory
 from grit_jax.aot.program import Sizes
 from grit_jax.aot.topologies import find_chip
 from grit_jax.config import Config
+from grit_jax.errors import UserError
 
 # The TPU compiler on a machine without a TPU; read when it is loaded.
 _ENVIRONMENT = {
@@ -44,7 +45,7 @@ _SCHEDULED = 'after_optimizations_after_buffer_assignment.txt'
 _ASSIGNMENT = 'after_optimizations-buffer-assignment.txt'
 
 
-class CompileError(RuntimeError):
+class CompileError(UserError):
   """A step that cannot be compiled, for another reason than memory."""
 
 

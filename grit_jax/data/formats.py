@@ -32,13 +32,14 @@ import numpy as np
 
 from grit_jax.data.records import GenerativeRecord, Text
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.errors import UserError
 
 USER = '<|user|>\n'
 EMBED = '<|embed|>\n'
 ASSISTANT = '<|assistant|>\n'
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
   """A text that the prompt format leaves no room for."""
 
 

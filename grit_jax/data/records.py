@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from grit_jax.errors import UserError
+
 EMBEDDING: Final = 'embedding'
 GENERATIVE: Final = 'generative'
 
@@ -34,7 +36,7 @@ TOO_FEW_NEGATIVES = 'too few negatives'
 WRONG_FIELDS = 'missing or wrong fields'
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
   """A record, or a file of records, that is not what it must be.
 
   Attributes:

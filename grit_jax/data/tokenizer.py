@@ -25,6 +25,8 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from grit_jax.errors import UserError
+
 # The literals of a sentencepiece model; a `tokenizer.json` has its own.
 BOS = '<s>'
 EOS = '</s>'
@@ -42,7 +44,7 @@ _CONTEXT = 8
 _PROBE = 'a\n\n b\n'
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
   """A tokenizer that cannot be used, or not be trained."""
 
 

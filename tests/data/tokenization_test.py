@@ -577,7 +577,7 @@ def test_a_killed_worker_ends_the_run_in_one_message(
   error = process.communicate(timeout=100)[1]
   assert process.returncode == 1
   assert error.splitlines()[-1].startswith(
-    'grit_jax.data.folders.UserError: a process that tokenizes was killed'
+    'grit_jax.errors.UserError: a process that tokenizes was killed'
   )
   assert list_whole(tmp_path / 'killed') == []
   monkeypatch.setattr(parts, 'PART_RECORDS', 20)
