@@ -1,7 +1,6 @@
 """Tests of what extends a decoder's cache, against one pass over the text."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,9 +26,7 @@ CONFIGS = {
   'experts': presets.tiny_moe(),
 }
 MESHES = [
-  ('dense', (1, 1, 1)),
   ('window', (1, 1, 1)),
-  ('experts', (1, 1, 1)),
   ('dense', (2, 2, 2)),
   ('experts', (1, 2, 2)),
 ]
@@ -51,15 +48,13 @@ def extend(
   return model.extend(chunk, cache)
 
 
-@functools.partial(jax.jit, static_argnames=('kind',))
-def keep(
-  model: Decoder, rows: Rows, kind: Kind
-) -> tuple[jax.Array, list[KeysValues]]:
-  return model.run_to_cache(rows, kind, 'auto')
+@jax.jit
+def keep(model: Decoder, rows: Rows) -> tuple[jax.Array, list[KeysValues]]:
+  return model.run_to_cache(rows, Kind.CAUSAL, 'auto')
 
 
 def run_to_cache(
-  mesh: Mesh, model: Decoder, lengths: Sequence[int], kind: Kind = Kind.CAUSAL
+  mesh: Mesh, model: Decoder, lengths: Sequence[int]
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
   """States, keys and values of the first tokens of each row."""
   index = np.broadcast_to(np.arange(LENGTH), TOKENS.shape)
@@ -69,7 +64,7 @@ def run_to_cache(
     *(sharding.place(mesh, x, 'rows', 'seq') for x in fields),
     sharding.place(mesh, index < 3, 'rows', 'seq'),
   )
-  return jax.tree.map(np.asarray, keep(model, rows, kind))
+  return jax.tree.map(np.asarray, keep(model, rows))
 
 
 def run_on_one_device(
@@ -120,8 +115,7 @@ def place_cache(mesh: Mesh, cache: list) -> list[KeysValues]:
 
 @pytest.mark.parametrize(
   ('name', 'shape', 'sizes'),
-  [('dense', (1, 1, 1), (14,))]
-  + [(*mesh, (5, 5, 1, 1, 1, 1)) for mesh in MESHES],
+  [('dense', (1, 1, 1), (14,))] + [(*mesh, (4, 4, 4, 1, 1)) for mesh in MESHES],
 )
 def test_any_chunks_of_a_text_give_the_states_of_one_pass(
   mesh_of: Callable,
@@ -132,7 +126,7 @@ def test_any_chunks_of_a_text_give_the_states_of_one_pass(
 ):
   config, mesh = CONFIGS[name], mesh_of(*shape)
   expected, _ = run_on_one_device(mesh_of, random_decoder, config)
-  states, done, end = [], 0, MIDDLE - 7
+  states, done, end = [], 0, MIDDLE - 8
   with jax.set_mesh(mesh):
     model = random_decoder(mesh, config).unstack()
     cache = place_cache(mesh, empty_cache(config))
@@ -146,7 +140,9 @@ def test_any_chunks_of_a_text_give_the_states_of_one_pass(
       done += size
   assert done == LENGTH
   np.testing.assert_allclose(
-    np.concatenate(states, axis=1), expected, atol=SAME_TOLERANCE
+    np.concatenate([np.asarray(x) for x in states], axis=1),
+    expected,
+    atol=SAME_TOLERANCE,
   )
 
 
@@ -199,7 +195,7 @@ def test_uneven_rows_go_on_from_uneven_caches(
       np.testing.assert_array_equal(new[row], expected)
 
 
-@pytest.mark.parametrize(('name', 'shape'), MESHES[2:])
+@pytest.mark.parametrize(('name', 'shape'), MESHES[1:])
 def test_unstacked_equals_stacked(
   mesh_of: Callable, random_decoder: Callable, name: str, shape: tuple
 ):
@@ -207,8 +203,8 @@ def test_unstacked_equals_stacked(
   with jax.set_mesh(mesh):
     model = random_decoder(mesh, CONFIGS[name])
     lengths = [14, 3, 9, 1]
-    expected = run_to_cache(mesh, model, lengths, Kind.INSTRUCTION)
-    found = run_to_cache(mesh, model.unstack(), lengths, Kind.INSTRUCTION)
+    expected = run_to_cache(mesh, model, lengths)
+    found = run_to_cache(mesh, model.unstack(), lengths)
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=SAME_TOLERANCE),
