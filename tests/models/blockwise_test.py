@@ -23,8 +23,8 @@ LARGE_TOLERANCE = 2e-3
 BFLOAT16_TOLERANCE = 2e-2
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 2, 8
-# Queries and keys: one block, several with a rest, a cache, one query of it.
-SIZES = [(7, 7), (300, 600), (40, 600), (1, 2 * KEYS), (300, 140)]
+# Queries and keys: one block, several with a rest, one query of a cache.
+SIZES = [(7, 7), (300, 600), (1, 2 * KEYS), (300, 140)]
 
 
 def draw(queries: int, keys: int, seed: int = 0) -> list[np.ndarray]:
@@ -130,8 +130,8 @@ def test_any_stretches_equal_float64(one_device: Mesh, queries: int, keys: int):
 
 @pytest.mark.parametrize('window', [1, 50, KEYS, 600])
 def test_windows_equal_float64(one_device: Mesh, window: int):
-  stretches = draw_band(600, 600, window)
-  assert_equals_float64(one_device, draw(600, 600), stretches)
+  stretches = draw_band(300, 600, window)
+  assert_equals_float64(one_device, draw(300, 600), stretches)
 
 
 def test_stretches_that_end_at_a_blocks_edge_equal_float64(one_device: Mesh):
@@ -142,9 +142,8 @@ def test_stretches_that_end_at_a_blocks_edge_equal_float64(one_device: Mesh):
   assert_equals_float64(one_device, draw(5, 600), (first, last))
 
 
-@pytest.mark.parametrize('shape', [(2, 2, 1), (1, 1, 2), (1, 2, 2)])
-def test_rows_and_heads_split_over_the_mesh(mesh_of: Callable, shape: tuple):
-  mesh = mesh_of(*shape)
+def test_rows_and_heads_split_over_the_mesh(mesh_of: Callable):
+  mesh = mesh_of(2, 2, 2)
   with jax.set_mesh(mesh):
     stretches = draw_stretches(150, 300)
     assert_equals_float64(mesh, draw(150, 300), stretches)
@@ -190,7 +189,7 @@ def test_blocks_that_no_query_sees_are_not_read(one_device: Mesh):
   assert_close(found, expected, OUT_TOLERANCE, GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize('together', [1, 2, 3, ROWS])
+@pytest.mark.parametrize('together', [1, 3, ROWS])
 def test_any_number_of_rows_at_a_time_equals_float64(
   monkeypatch: pytest.MonkeyPatch, one_device: Mesh, together: int
 ):
