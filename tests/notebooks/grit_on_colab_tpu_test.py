@@ -21,7 +21,7 @@ NOTEBOOK = ROOT / 'notebooks' / 'grit_on_colab_tpu.ipynb'
 PNG = b'\x89PNG'
 SCREEN = 30  # lines
 SECONDS = 600  # a cell, on a machine with much else to do
-STEPS = 3
+STEPS = 2
 # Cells that the test adds, by the cell that they come after.
 CHECKS = {
   # A chip that the notebook's own process has is one that training cannot have.
@@ -57,7 +57,7 @@ DATA = {
 # Of a model of these sizes, as flags and as a Hugging Face folder has them.
 SIZES = {
   'embed_dim': 48,
-  'num_layers': 2,
+  'num_layers': 1,
   'num_heads': 4,
   'num_kv_heads': 2,
   'head_dim': 16,
@@ -67,7 +67,7 @@ BASE = {
   'architectures': ['MistralForCausalLM'],
   'model_type': 'mistral',
   'hidden_size': 48,
-  'num_hidden_layers': 2,
+  'num_hidden_layers': 1,
   'num_attention_heads': 4,
   'num_key_value_heads': 2,
   'head_dim': 16,
@@ -112,8 +112,8 @@ def execute(
     'WORKDIR': str(folder / 'run'),
     'STEPS': STEPS,
     'FUNCTIONS': 40,
-    'HELD_OUT': 12,
-    'ANSWER_TOKENS': 4,
+    'HELD_OUT': 8,
+    'ANSWER_TOKENS': 2,
     'COPY_TO': str(folder / 'copy'),
   }
   set_parameters(notebook, small | values)
@@ -159,11 +159,12 @@ def check_run(folder: pathlib.Path, cells: Mapping[str, Any]) -> None:
   )
 
 
+@pytest.mark.e2e
 def test_the_quickstart_runs_from_top_to_bottom(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   flags = [
-    to_flags('model', SIZES | {'num_layers': 1}),
+    to_flags('model', SIZES),
     to_flags('data', DATA | {'tokenizer_pieces': 400}),
   ]
   cells = execute(
@@ -172,6 +173,7 @@ def test_the_quickstart_runs_from_top_to_bottom(
   check_run(tmp_path, cells)
 
 
+@pytest.mark.e2e
 def test_adapters_run_from_top_to_bottom(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, write_hf: Callable
 ):
