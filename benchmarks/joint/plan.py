@@ -93,7 +93,7 @@ SCALES = {
   'tiny': Scale(
     per_package=(30, 40),
     packages=100,
-    model=dataclasses.replace(presets.tiny(), vocab_size=0),
+    model=dataclasses.replace(presets.tiny(), vocab_size=0, num_layers=1),
     tokenizer_pieces=400,
     text_tokens=96,
     row_tokens=192,
