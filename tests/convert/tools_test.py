@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
 from grit_jax import config as configuration
 from grit_jax import objective, pooling, sharding
@@ -22,11 +21,9 @@ from grit_jax.checkpoint import find_checkpoint
 from grit_jax.config import (
   Config,
   DataConfig,
-  EvaluationConfig,
   MeshConfig,
   ModelConfig,
   ObjectiveConfig,
-  OptimizerConfig,
   RotaryScalingConfig,
 )
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
@@ -38,7 +35,6 @@ from grit_jax.data.tokenizer import make_tokenizer
 from grit_jax.models import presets
 from grit_jax.models.attention import Kind, embedding_kind
 from grit_jax.models.decoder import Decoder
-from grit_jax.train import train
 
 # Two float32 programs over two layers; logits of size 1 to 10.
 LOGIT_TOLERANCE = 1e-4
@@ -114,53 +110,9 @@ def make_config(name: str) -> Config:
 
 
 @pytest.fixture(scope='module')
-def trained_run(tmp_path_factory) -> pathlib.Path:
+def trained_run(trained) -> pathlib.Path:
   """The workdir of a short run of the training command."""
-  place = tmp_path_factory.mktemp('trained')
-  rng = np.random.default_rng(0)
-
-  def words(count: int) -> str:
-    letters = 'abcdefghijklmnopqrstuvwxyz'
-    return ' '.join(
-      ''.join(rng.choice(list(letters), rng.integers(1, 6)))
-      for _ in range(count)
-    )
-
-  with (
-    open(place / 'pairs.jsonl', 'w') as pairs,
-    open(place / 'chats.jsonl', 'w') as chats,
-  ):
-    for _ in range(24):
-      query, positive, negative = words(3), words(5), words(4)
-      record = {
-        'query': ['find it', query],
-        'pos': [['', positive]],
-        'neg': [['', negative]],
-      }
-      pairs.write(json.dumps(record) + '\n')
-      chats.write(json.dumps({'text': [words(4), words(5)]}) + '\n')
-  config = Config(
-    model=dataclasses.replace(presets.tiny(), vocab_size=0),
-    objective=ObjectiveConfig(mixed_groups=2),
-    data=DataConfig(
-      paths=str(place),
-      tokenizer_pieces=310,
-      embedding_batch=8,
-      generative_batch=8,
-      max_query_tokens=64,
-      max_passage_tokens=64,
-      max_generative_tokens=64,
-      row_length=64,
-      max_segments=4,
-      row_buckets=1,
-    ),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
-    evaluation=EvaluationConfig(enabled=False),
-    steps=8,
-  )
-  workdir = place / 'run'
-  train(config, epath.Path(workdir))
-  return workdir
+  return trained.workdir
 
 
 @pytest.fixture(scope='module')
