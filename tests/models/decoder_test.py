@@ -102,17 +102,29 @@ def make_torch_model(model: Decoder, is_causal: bool):
   return theirs.eval()
 
 
-@pytest.mark.parametrize('kind', [Kind.CAUSAL, Kind.BIDIRECTIONAL])
+ONE_KV_HEAD = {
+  'num_heads': 6,
+  'num_kv_heads': 1,
+  'head_dim': 6,
+  'norm_epsilon': 0.1,
+  'tie_embeddings': True,
+}
+
+
 @pytest.mark.parametrize(
-  'changes',
+  ('changes', 'kind'),
   [
-    {},
-    {'tie_embeddings': True},
-    {'sliding_window': 3},
-    {'num_heads': 6, 'num_kv_heads': 1, 'head_dim': 6, 'norm_epsilon': 0.1},
+    ({}, Kind.CAUSAL),
+    ({}, Kind.BIDIRECTIONAL),
+    (ONE_KV_HEAD, Kind.CAUSAL),
+    ({'sliding_window': 3}, Kind.CAUSAL),
+    ({'sliding_window': 3}, Kind.BIDIRECTIONAL),
   ],
-  ids=['untied', 'tied', 'window', 'one-kv-head'],
-)
+  ids=[
+    'causal', 'bidirectional', 'tied-one-kv-head', 'causal-window',
+    'bidirectional-window',
+  ],
+)  # fmt: skip
 def test_logits_equal_transformers_mistral(
   one_device: Mesh,
   random_decoder: Callable,
@@ -144,9 +156,13 @@ def test_padded_vocabulary_has_no_probability(
   config = dataclasses.replace(CONFIG, tie_embeddings=tied)
   model = random_decoder(one_device, config)
   hidden = np.random.default_rng(0).standard_normal((2, 3, 32)) * 10
-  logits = model.logits(jnp.asarray(hidden, 'float32'), model.gather_head())
-  assert logits.shape == (2, 3, 256)
-  probabilities = np.asarray(jax.nn.softmax(logits))
+
+  @jax.jit
+  def predict(model: Decoder, hidden: jax.Array) -> jax.Array:
+    return jax.nn.softmax(model.logits(hidden, model.gather_head()))
+
+  probabilities = np.asarray(predict(model, hidden.astype('float32')))
+  assert probabilities.shape == (2, 3, 256)
   assert np.all(probabilities[..., 101:] == 0)
   np.testing.assert_allclose(
     probabilities[..., :101].sum(axis=-1), 1, atol=SAME_TOLERANCE
@@ -207,16 +223,27 @@ def test_future_tokens_change_bidirectional_logits(
 def _change_from(
   model: Decoder, pack: Callable, kind: Kind, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  rows = pack('t' * 9, length=9)
+  # As many as transformers gets above: one program.
+  rows = pack('t' * 12, '', '', length=12)
   tokens = rows.tokens.copy()
-  tokens[:, start:] = (tokens[:, start:] + 1) % 101
+  tokens[0, start:] = (tokens[0, start:] + 1) % 101
   changed = dataclasses.replace(rows, tokens=tokens)
-  before, after = (score(model, x, kind)[0] for x in (rows, changed))
+  before, after = (
+    score(model, x, kind)[0, :, : CONFIG.vocab_size] for x in (rows, changed)
+  )
   return np.asarray(before), np.asarray(after)
 
 
-@pytest.mark.parametrize('kind', Kind)
-@pytest.mark.parametrize('window', [0, 2])
+# The masks of all kinds with all windows: `attention_test`.
+@pytest.mark.parametrize(
+  ('kind', 'window'),
+  [
+    (Kind.CAUSAL, 2),
+    (Kind.BIDIRECTIONAL, 0),
+    (Kind.INSTRUCTION, 0),
+    (Kind.TEXT, 2),
+  ],
+)
 def test_gradients_flow_exactly_along_the_mask(
   one_device: Mesh,
   random_decoder: Callable,
@@ -249,15 +276,18 @@ def test_gradients_flow_exactly_along_the_mask(
 
 
 def test_joint_pass_equals_each_stream_alone(model: Decoder, pack: Callable):
+  # Of several numbers of rows, and each alone in the four of `run` above.
   first = pack(*LAYOUTS, length=LENGTH, seed=1)
   second = pack('iittt|tt', 'tt|tt|it', 't', length=LENGTH, seed=2)
   kinds = (Kind.BIDIRECTIONAL, Kind.CAUSAL)
-  streams = jax.tree.map(jnp.asarray, (first, second))
-  joint = jax.jit(lambda model, streams: model(streams, kinds))(model, streams)
-  for rows, kind, actual in zip((first, second), kinds, joint, strict=True):
+  joint = jax.jit(lambda model, streams: model(streams, kinds))
+  states = joint(model, (first, second))
+  for rows, kind, actual in zip((first, second), kinds, states, strict=True):
     assert actual.shape == (*rows.tokens.shape, CONFIG.embed_dim)
+    count = len(rows.tokens)
+    alone = jax.tree.map(lambda x: np.pad(x, ((0, 4 - len(x)), (0, 0))), rows)
     np.testing.assert_allclose(
-      actual, run(model, rows, kind), atol=SAME_TOLERANCE
+      actual, run(model, alone, kind)[:count], atol=SAME_TOLERANCE
     )
 
 
