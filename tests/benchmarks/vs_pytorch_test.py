@@ -26,8 +26,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
   run = subprocess.run(
     [
       sys.executable, 'benchmarks/vs_pytorch.py', '--preset=tiny',
-      f'--steps={STEPS}', '--turns=1', '--workload=mix', '--nocompiled',
-      f'--output={output}',
+      '--layers=1', f'--steps={STEPS}', '--turns=1',
+      '--workload=mix', '--nocompiled', f'--output={output}',
     ],
     cwd=ROOT,
     env=os.environ | {'PYTHONPATH': str(ROOT)},
