@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ os.environ.setdefault(
   ),
 )
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+
+# A shell has what it starts in the background ignore Ctrl-C, and the commands
+# that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes many objects that live long: looking for garbage among them at
 # Python's own threshold takes a tenth of the suite.
