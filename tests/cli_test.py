@@ -18,18 +18,21 @@ from grit_jax import cli
 from grit_jax.config import Config, to_config_dict
 from grit_jax.errors import ConfigError, UserError
 
-root = standard.getLogger()
 QUICKSTART = ROOT / 'configs' / 'quickstart.py'
 
 
 @pytest.fixture(autouse=True)
 def logs() -> Iterator[None]:
   """Leaves the process's logs as they were."""
-  handler, verbosity = logging.get_absl_handler(), logging.get_verbosity()
-  filters, handlers = list(handler.filters), list(root.handlers)
+  loggers = standard.getLogger(), logging.get_absl_logger()
+  handler = logging.get_absl_handler()
+  before = logging.get_verbosity(), handler.filters[:], loggers[0].handlers[:]
+  levels = [logger.level for logger in loggers]
   yield
+  verbosity, handler.filters, loggers[0].handlers = before
   logging.set_verbosity(verbosity)
-  handler.filters, root.handlers = filters, handlers
+  for logger, level in zip(loggers, levels, strict=True):
+    logger.setLevel(level)
 
 
 def run(

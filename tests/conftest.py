@@ -36,7 +36,7 @@ os.environ.setdefault(
     / f'.pytest_cache/d/programs-jax-{_VERSION}-{_KEY}'
   ),
 )
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 # A shell has what it starts in the background ignore Ctrl-C, and the commands
 # that tests interrupt would inherit that.
