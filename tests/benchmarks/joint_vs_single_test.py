@@ -46,6 +46,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+@pytest.mark.e2e
 def test_figures_are_those_of_the_runs(folder):
   found = json.loads((folder / 'results.json').read_text())
   assert list(found['variants']) == [UNIFIED, EMBEDDING]
@@ -66,6 +67,7 @@ def test_figures_are_those_of_the_runs(folder):
   assert (folder / 'results.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.e2e
 def test_the_specialist_starts_from_the_same_model_and_sees_the_same_pairs(
   folder,
 ):
@@ -85,6 +87,7 @@ def test_the_specialist_starts_from_the_same_model_and_sees_the_same_pairs(
   assert before[1].items() <= before[0].items()
 
 
+@pytest.mark.e2e
 def test_what_has_ended_is_not_run_again(folder):
   files = {
     path: path.stat().st_mtime_ns

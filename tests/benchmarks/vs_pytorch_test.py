@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.e2e
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 2
 # Both sides compute in float32, in another order, and divide similarities by
