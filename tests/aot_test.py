@@ -30,6 +30,12 @@ pytest.importorskip('libtpu')
 LAYERS = 2
 # Of two layers with 12 or 24 rows a chip: what compiled, and a little more.
 BUDGETS = {'v5e:8x8': 4.8, 'v6e:4x8': 12.2, 'v5p:4x4x2': 11.0}
+# The quick pass compiles for one chip.
+TOPOLOGIES = [
+  'v5e:8x8',
+  pytest.param('v6e:4x8', marks=pytest.mark.e2e),
+  pytest.param('v5p:4x4x2', marks=pytest.mark.e2e),
+]
 SIZES = Sizes(512, 256)
 # A gather of this many MiB takes as long as a product; smaller ones may be
 # alone.
@@ -71,7 +77,7 @@ def large(figures: dict, kind: str, mib: float = 1) -> list[dict]:
   ]
 
 
-@pytest.mark.parametrize('topology', BUDGETS)
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_memory_is_within_the_budget(topology: str):
   figures = figures_of(topology)
   assert figures['fits']
@@ -84,14 +90,14 @@ def test_memory_is_within_the_budget(topology: str):
   )
 
 
-@pytest.mark.parametrize('topology', BUDGETS)
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_the_flash_kernel_is_in_the_program(topology: str):
   kernels = figures_of(topology)['kernels']
   for part in ('fwd', 'dq', 'dkv'):
     assert any(f'splash_mha_{part}' in name for name in kernels), kernels
 
 
-@pytest.mark.parametrize('topology', BUDGETS)
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_gradients_of_weights_are_scattered_to_their_shards(topology: str):
   figures = figures_of(topology)
   assert not large(figures, 'all-reduce')
@@ -113,14 +119,14 @@ def test_gradients_of_weights_are_scattered_to_their_shards(topology: str):
     assert weights <= sum(moved) <= weights * 1.1, (kind, phase)
 
 
-@pytest.mark.parametrize('topology', BUDGETS)
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_weights_are_gathered_in_bfloat16(topology: str):
   for each in figures_of(topology)['collectives']:
     if each['kind'] in ('all-gather', 'reduce-scatter'):
       assert each['result'].startswith('bf16['), each
 
 
-@pytest.mark.parametrize('topology', BUDGETS)
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_no_buffer_has_the_logits_of_all_tokens(topology: str):
   figures = figures_of(topology)
   chips = math.prod(figures['mesh'].values())
@@ -128,7 +134,7 @@ def test_no_buffer_has_the_logits_of_all_tokens(topology: str):
   assert 0 < figures['largest_logits_gib'] < whole / 2
 
 
-@pytest.mark.parametrize('topology', ['v5e:8x8', 'v6e:4x8'])
+@pytest.mark.parametrize('topology', TOPOLOGIES[:2])
 def test_gathers_are_asynchronous(topology: str):
   gathers = large(figures_of(topology), 'all-gather', LARGE_MIB)
   assert len(gathers) == 6
@@ -186,6 +192,7 @@ def test_a_mesh_that_does_not_fit_is_an_error():
     compile_step(Request(config, 'v5e:8x8', 1, SIZES))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
   ('recipe', 'topology', 'rows', 'budget'),
   [

@@ -17,6 +17,8 @@ from grit_jax.errors import ConfigError, UserError
 from grit_jax.initial import load_model, load_unmerged, open_initial
 from grit_jax.models.quantization import quantize
 
+pytestmark = pytest.mark.e2e
+
 LORA = LoraConfig(rank=4, dropout=0.1, base='nf4')
 
 
@@ -43,7 +45,6 @@ def adapted(trained, tmp_path_factory) -> tuple[Config, pathlib.Path]:
   return config, workdir
 
 
-@pytest.mark.e2e
 def test_a_run_leaves_adapters_alone_and_names_its_base(trained, adapted):
   _, workdir = adapted
   checkpoint = find_checkpoint(workdir)
@@ -61,7 +62,6 @@ def test_a_run_leaves_adapters_alone_and_names_its_base(trained, adapted):
   assert after['generative_loss'] < before['generative_loss']
 
 
-@pytest.mark.e2e
 def test_a_resumed_run_has_equal_metrics_wherever_its_base_is(
   trained, adapted, tmp_path
 ):
@@ -73,7 +73,6 @@ def test_a_resumed_run_has_equal_metrics_wherever_its_base_is(
   assert read_metrics(copy) == read_metrics(workdir)
 
 
-@pytest.mark.e2e
 def test_another_base_is_refused(trained, adapted):
   config, workdir = adapted
   # Of earlier steps: other weights of one architecture.
@@ -83,7 +82,6 @@ def test_another_base_is_refused(trained, adapted):
     run_here(config, workdir, 4)
 
 
-@pytest.mark.e2e
 def test_an_unmerged_model_has_the_base_that_it_was_trained_on(
   adapted, mesh_of: Callable
 ):

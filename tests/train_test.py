@@ -167,6 +167,7 @@ def test_mistake_ends_in_one_message_and_not_in_a_traceback(trained, tmp_path):
   assert 'Traceback' not in output
 
 
+@pytest.mark.e2e
 def test_resume_on_another_mesh_goes_on(trained, tmp_path):
   config = dataclasses.replace(
     # Rows are padded to the shards: as many on one device as on four.
@@ -213,6 +214,7 @@ def test_corrupt_checkpoint_is_named_and_kept(trained, tmp_path):
   assert arrays.is_dir()
 
 
+@pytest.mark.e2e
 def test_run_starts_where_another_has_ended_and_resumes_without_it(
   trained, tmp_path
 ):
@@ -323,6 +325,7 @@ def test_mode_without_its_data_is_named(folder, tmp_path):
     run(make_config(tmp_path), tmp_path / 'run')
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize('mode', ['embedding', 'generative'])
 def test_single_modes_run_with_their_own_data_alone(folder, tmp_path, mode):
   name = {'embedding': 'pairs', 'generative': 'chats'}[mode] + '.jsonl'

@@ -36,6 +36,8 @@ from grit_jax.models import presets
 from grit_jax.models.attention import Kind, embedding_kind
 from grit_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.e2e
+
 # Two float32 programs over two layers; logits of size 1 to 10.
 LOGIT_TOLERANCE = 1e-4
 # The same, of vectors of length 1.

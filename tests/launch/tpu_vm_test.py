@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.e2e
+
 POD = ('pod', 'us-west4-a')
 ZONE = '--zone=us-west4-a'
 # Spaces, quotes, and what a shell would expand or end a command at.

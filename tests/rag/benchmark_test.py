@@ -38,6 +38,7 @@ def test_samples_have_the_tokens_asked_for(model):
   assert long_query.question == long_document.document['text']
 
 
+@pytest.mark.e2e
 def test_both_sides_are_timed_and_give_the_same_tokens(
   shallow, tmp_path, capsys
 ):
