@@ -266,6 +266,7 @@ def assert_equal_results(found: tuple, expected: tuple) -> None:
 
 
 # Experts that travel in one pass, and those that stay in chunks.
+@pytest.mark.e2e
 @pytest.mark.parametrize(
   ('sizes', 'chunk_rows'),
   [(MeshConfig(1, 2, 2, 2), 0), (MeshConfig(1, 4, 2, 1), 4)],
@@ -278,6 +279,7 @@ def test_gradients_depend_neither_on_the_mesh_nor_on_chunks(
   assert_equal_results(found, gradients(EXPERTS, False, 'nf4'))
 
 
+@pytest.mark.e2e
 def test_what_is_dropped_depends_neither_on_remat_nor_chunks_nor_mesh(
   random_decoder, batch, gradients
 ):
