@@ -24,6 +24,8 @@ except ModuleNotFoundError as error:
   sys.exit(f"grit_jax: error: {error}: pip install 'grit_jax[serve]'")
 
 
+# Addresses that this machine alone reaches.
+_LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 _LIMITS = {
   'max_batch': 'chats answered side by side',
   'max_queue': 'requests that wait to begin; more get status 429',
@@ -56,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     help='to listen at; 0: a free one (default: %(default)s)',
   )
   parser.add_argument(
-    '--api_key', default='', help='that clients must send (default: none)'
+    '--api_key',
+    type=cli.parse_given,
+    help='that clients must send (default: none)',
   )
   for name, help_text in _LIMITS.items():
     parser.add_argument(
@@ -158,7 +162,12 @@ def serve(flags: argparse.Namespace) -> None:
     model = load(flags, limits)
     name = flags.name or epath.Path(flags.model).resolve().name
     logging.info('Its name for clients is %s.', name)
-    service = Service(model, name, limits, flags.api_key)
+    if not flags.api_key and flags.host not in _LOOPBACK:
+      logging.warning(
+        'Without --api_key, anybody who reaches %s may use the model.',
+        flags.host,
+      )
+    service = Service(model, name, limits, flags.api_key or '')
     make_server(service, flags.stop_seconds).run([taken])
 
 

@@ -93,6 +93,7 @@ def test_it_serves_until_a_signal_and_ends_what_runs(workdir: pathlib.Path):
     ('--max_queue=x', "'x' is not a number from 1 to"),
     ('--port=65536', "'65536' is not a port"),
     ('--host=', 'argument --host: it is empty'),
+    ('--api_key=', 'argument --api_key: it is empty'),
     ('--mesh=rows=2', 'rows'),
     ('--dtype=float16', "'float32', 'bfloat16'"),
     ('--quantization=int4', 'int8'),
