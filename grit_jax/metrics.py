@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from grit_jax.errors import UserError
+from grit_jax.files import is_local, write_file
 
 TOKENS_PER_SECOND = 'tokens_per_second'
 
@@ -57,7 +58,7 @@ class MetricsWriter:
     path = folder / 'metrics.jsonl'
     if path.exists():
       _keep_until(path, start_step)
-    self._file = _CloudFile(path) if _in_cloud(path) else open(path, 'a')
+    self._file = open(path, 'a') if is_local(path) else _CloudFile(path)
     # Here: it imports PyTorch where there is one, which takes seconds.
     import tensorboardX
 
@@ -143,10 +144,6 @@ class _CloudFile(io.StringIO):
     self._path.write_text(self.getvalue())
 
 
-def _in_cloud(path: epath.Path) -> bool:
-  return str(path).startswith('gs://')
-
-
 def _read(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file, without a torn last one."""
   lines = path.read_text().splitlines()
@@ -168,15 +165,7 @@ def _keep_until(path: epath.Path, step: int) -> None:
   """
   kept = [record for record in _read(path) if 0 < step >= record['step']]
   lines = [json.dumps(record) + '\n' for record in kept]
-  if _in_cloud(path):
-    path.write_text(''.join(lines))
-    return
-  temporary = path.with_suffix('.jsonl.tmp')
-  with temporary.open('w') as file:
-    file.writelines(lines)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  write_file(path, ''.join(lines))
 
 
 def plot_losses(workdir: os.PathLike | str) -> epath.Path:
@@ -219,5 +208,5 @@ def plot_losses(workdir: os.PathLike | str) -> epath.Path:
   path = folder / 'loss.png'
   picture = io.BytesIO()
   figure.savefig(picture, dpi=150, format='png')
-  path.write_bytes(picture.getvalue())
+  write_file(path, picture.getvalue())
   return path

@@ -38,6 +38,7 @@ from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.errors import ConfigError
 from grit_jax.evaluate.held_out import HeldOutEvaluation
+from grit_jax.files import write_json
 from grit_jax.initial import (
   InitialModel,
   check_base,
@@ -461,12 +462,8 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-  """Writes a file whole or not at all; the first process does."""
-  if not processes.is_first():
-    return
-  partial_path = path.with_name(path.name + '.partial')
-  partial_path.write_text(json.dumps(value, indent=2) + '\n')
-  partial_path.replace(path)
+  if processes.is_first():
+    write_json(path, value)
 
 
 if __name__ == '__main__':

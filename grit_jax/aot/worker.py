@@ -18,6 +18,7 @@ import jax
 from grit_jax import config as configuration
 from grit_jax import sharding
 from grit_jax.aot import program, topologies
+from grit_jax.files import write_json
 from grit_jax.models.lora import join_trained
 from grit_jax.xla_options import compiler_options
 
@@ -99,9 +100,7 @@ def _compile(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON that is whole when it is there."""
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(values))
-  partial.rename(path)
+  write_json(path, values)
 
 
 if __name__ == '__main__':

@@ -8,13 +8,14 @@ multiple of 8 bytes, and the tensors one after the other.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+
+from grit_jax.files import new_file, write_json
 
 DTYPES = {
   np.dtype(np.float32): 'F32',
@@ -75,15 +76,7 @@ def write_tensors(
     files |= dict.fromkeys(names, file)
   total = sum(tensor.size for tensor in tensors.values())
   index = {'metadata': {'total_size': total}, 'weight_map': files}
-  text = json.dumps(index, indent=2) + '\n'
-  write_file(folder / 'model.safetensors.index.json', text.encode())
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file, and waits until it is on the disk."""
-  with open(path, 'wb') as file:
-    file.write(content)
-    _sync(file)
+  write_json(folder / 'model.safetensors.index.json', index)
 
 
 def split_shards(
@@ -116,14 +109,13 @@ def write_safetensors(
     }
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  with open(path, 'wb') as file:
+  with new_file(path) as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for name, tensor in tensors.items():
       _write_tensor(file, name, tensor)
-    _sync(file)
 
 
-def _write_tensor(file: BinaryIO, name: str, tensor: StreamedTensor) -> None:
+def _write_tensor(file: IO, name: str, tensor: StreamedTensor) -> None:
   rows = 0
   for part in tensor.parts():
     if part.dtype != tensor.dtype or part.shape[1:] != tensor.shape[1:]:
@@ -136,8 +128,3 @@ def _write_tensor(file: BinaryIO, name: str, tensor: StreamedTensor) -> None:
     file.write(np.ascontiguousarray(part).view(np.uint8).data)
   if rows != tensor.shape[0]:
     raise ValueError(f'{name}: {rows} rows of {tensor.shape[0]} were given.')
-
-
-def _sync(file: BinaryIO) -> None:
-  file.flush()
-  os.fsync(file.fileno())

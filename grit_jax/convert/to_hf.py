@@ -6,12 +6,10 @@ tokenizer as a tokenizer.json; sentence-transformers' modules. Every file is
 written here: what transformers 5 writes, version 4 reads otherwise.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -33,7 +31,6 @@ from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
 from grit_jax.convert.model_card import write_card
 from grit_jax.convert.safetensors_writer import (
   StreamedTensor,
-  write_file,
   write_tensors,
 )
 from grit_jax.convert.sentence_transformers import (
@@ -50,6 +47,7 @@ from grit_jax.data.tokenizer import (
   make_tokenizer,
 )
 from grit_jax.errors import UserError
+from grit_jax.files import new_folder, write_file, writing
 from grit_jax.initial import AdaptedModel
 
 DTYPES = {
@@ -110,7 +108,7 @@ def to_hf(
     RUN_FILE: values,
     'README.md': write_card(config, tokenizer, dtype, folder.name),
   }
-  with new_folder(folder) as partial_folder:
+  with writing(folder), new_folder(folder) as partial_folder:
     _write_weights(read, config, DTYPES[dtype], max_shard_bytes, partial_folder)
     for name, content in files.items():
       path = partial_folder / name
@@ -179,27 +177,6 @@ def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
       + ''.join(f'\n  {problem}' for problem in problems)
     )
   return dtypes[0]
-
-
-@contextlib.contextmanager
-def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a folder to fill, which takes the target's name at the end.
-
-  Whatever happens before that, nothing has the target's name, and what was
-  written is removed; after a kill, at the next start.
-  """
-  folder = target.parent / f'.{target.name}.partial'
-  try:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    os.rename(folder, target)
-  except OSError as error:
-    raise UserError(
-      f'{target} cannot be written: {error.strerror or error}.'
-    ) from error
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_stored(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:

@@ -17,11 +17,11 @@ from grit_jax.convert import keys
 from grit_jax.convert.keys import Tensor
 from grit_jax.convert.safetensors_writer import (
   StreamedTensor,
-  write_file,
   write_safetensors,
 )
-from grit_jax.convert.to_hf import check_target, new_folder, to_bytes
+from grit_jax.convert.to_hf import check_target, to_bytes
 from grit_jax.errors import UserError
+from grit_jax.files import new_folder, write_file, writing
 from grit_jax.initial import AdaptedModel
 from grit_jax.models.lora import target_axes
 
@@ -62,7 +62,7 @@ def to_peft(
     tensor for tensor in keys.tensors(adapted.model) if tensor.path in targets
   ]
   settings = _describe(adapted, tensors, base)
-  with new_folder(folder) as partial_folder:
+  with writing(folder), new_folder(folder) as partial_folder:
     write_safetensors(partial_folder / WEIGHTS_FILE, _stream(adapted, tensors))
     write_file(partial_folder / CONFIG_FILE, to_bytes(settings))
   logging.info(

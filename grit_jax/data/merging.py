@@ -11,7 +11,6 @@ Shards are moved, not copied, and index files are joined a part at a time.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from grit_jax.data.examples import (
 )
 from grit_jax.data.parts import SPLITS
 from grit_jax.data.reports import Report
+from grit_jax.files import write_json
 
 NAME = 'tokens'
 _FORMAT = file_adapters.FileFormat.ARRAY_RECORD
@@ -73,8 +73,7 @@ def merge(
       _join_index([part for part, _ in filled], folder, split)
   _write_info(read, records_folder, kind)
   content = {name: content[name] for name in content if name != 'places'}
-  text = json.dumps({**content, 'splits': splits}, indent=2)
-  (folder / 'dataset.json').write_text(text + '\n')
+  write_json(folder / 'dataset.json', {**content, 'splits': splits})
   _move_shards(parts, read, records_folder)
 
 

@@ -27,10 +27,10 @@ from tensorflow_datasets.core import example_serializer
 
 from grit_jax.data import examples, records
 from grit_jax.data.examples import EmbeddingEncoder, Example, GenerativeEncoder
-from grit_jax.data.folders import publish, removed_afterwards, writing
 from grit_jax.data.records import DUPLICATE_ID, Record, RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, Line, Source
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.files import new_folder, writing
 
 # Small enough to hold a few for each core, and for a start after a kill to lose
 # seconds; large enough for shards that are no burden.
@@ -180,14 +180,14 @@ def write_part(
       the part.
     UserError: the disk is full.
   """
-  partial = task.folder.with_name(task.folder.name + '.partial')
-  with removed_afterwards(partial), writing(task.folder.parent.parent):
-    partial.mkdir(parents=True)
+  with (
+    writing(task.folder.parent.parent),
+    new_folder(task.folder) as partial,
+  ):
     writer = _PartWriter(partial, task, tokenizer, settings, num_threads)
     for lines in _batch(task.part.lines):
       writer.add(lines)
     writer.close()
-    publish(partial, task.folder)
 
 
 class _PartWriter:

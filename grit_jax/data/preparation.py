@@ -31,6 +31,7 @@ from grit_jax.data.tokenization import is_settled, tokenize
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError
+from grit_jax.files import write_file
 
 # What `sources` finds.
 Found = list[Source | PreparedSource]
@@ -89,9 +90,7 @@ def train_or_load_tokenizer(
     )
     texts = (text for source in raw for text in _strings(config, source))
     model = train_tokenizer(texts, config.data.tokenizer_pieces)
-    partial_path = workdir / 'tokenizer.model.partial'
-    partial_path.write_bytes(model)
-    partial_path.replace(path)
+    write_file(path, model)
   return load_tokenizer(path)
 
 

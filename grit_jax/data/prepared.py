@@ -14,9 +14,9 @@ from typing import Any
 from etils import epath
 
 from grit_jax.data.examples import FORMAT_VERSION
-from grit_jax.data.folders import writing
 from grit_jax.data.records import RecordError
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
+from grit_jax.files import write_file, write_json, writing
 
 MANIFEST = 'prepared.json'
 _TOKENIZER = 'tokenizer'
@@ -127,7 +127,5 @@ def write_prepared(
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / _TOKENIZER).mkdir(exist_ok=True)
     for name, data in tokenizer.files.items():
-      (directory / _TOKENIZER / name).write_bytes(data)
-    partial = directory / f'{MANIFEST}.partial'
-    partial.write_text(json.dumps(content, indent=2) + '\n')
-    partial.rename(directory / MANIFEST)
+      write_file(directory / _TOKENIZER / name, data)
+    write_json(directory / MANIFEST, content)

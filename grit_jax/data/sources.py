@@ -18,9 +18,9 @@ import numpy as np
 from etils import epath
 
 from grit_jax.data import lines, records
-from grit_jax.data.folders import lock
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
+from grit_jax.files import lock
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
@@ -214,7 +214,7 @@ class TfdsSource(Source):
       # Of several processes one builds it; in the others TFDS would fail.
       place = pathlib.Path(builder.data_dir)
       place.parent.mkdir(parents=True, exist_ok=True)
-      with lock(place):
+      with lock(place.with_name(f'.{place.name}.lock'), wait=True):
         # Opened anew: another one may have built it meanwhile.
         builder = self._open_builder()
         builder.download_and_prepare()

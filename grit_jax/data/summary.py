@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from grit_jax.data import records
-from grit_jax.data.folders import writing
 from grit_jax.data.reports import Report
 from grit_jax.data.sources import HELD_OUT, TRAIN
+from grit_jax.files import write_json, writing
 
 QUERIES, PASSAGES, CONVERSATIONS = 'queries', 'passages', 'conversations'
 
@@ -122,8 +122,7 @@ def write(summaries: list[Summary], directory: pathlib.Path) -> None:
     for summary in summaries
   ]
   with writing(directory):
-    text = json.dumps({'data_sets': content}, indent=2)
-    (directory / 'report.json').write_text(text + '\n')
+    write_json(directory / 'report.json', {'data_sets': content})
     plot(summaries, directory / 'lengths.png')
 
 

@@ -20,7 +20,6 @@ from absl import logging
 
 from grit_jax.data import merging, parts, records
 from grit_jax.data.examples import FORMAT_VERSION
-from grit_jax.data.folders import lock, publish, writing
 from grit_jax.data.parts import SPLITS, PartTask, Settings
 from grit_jax.data.records import RecordError
 from grit_jax.data.reports import (
@@ -33,6 +32,7 @@ from grit_jax.data.sources import Source
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.workers import count_cores, write_parts
 from grit_jax.errors import UserError
+from grit_jax.files import LockedError, lock, publish, writing
 
 # A file that changed less than this long before it was read may have changed
 # again since, at what its file system takes for the same time.
@@ -81,7 +81,7 @@ def tokenize(
   with contextlib.ExitStack() as stack:
     # In one order everywhere: two processes never wait for each other.
     for job in sorted(jobs, key=lambda job: job.whole.name):
-      stack.enter_context(lock(job.whole))
+      stack.enter_context(lock(_lock_file(job.whole), wait=True))
     waiting = [job for job in jobs if job.find() is None]
     bar = stack.enter_context(
       tqdm.tqdm(
@@ -270,9 +270,13 @@ class _Job:
       if place == self.whole:
         shutil.rmtree(path)
         continue
-      with lock(place, wait=False) as is_held:
-        if is_held:
-          shutil.rmtree(path)
+      with contextlib.suppress(LockedError), lock(_lock_file(place)):
+        shutil.rmtree(path)
+
+
+def _lock_file(folder: pathlib.Path) -> pathlib.Path:
+  # Beside the folder, which is replaced as a whole.
+  return folder.with_name(f'.{folder.name}.lock')
 
 
 def _part_reports(folder: pathlib.Path) -> list[Report]:

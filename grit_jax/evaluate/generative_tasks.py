@@ -23,6 +23,7 @@ from lm_eval.utils import handle_non_serializable
 
 from grit_jax.errors import UserError
 from grit_jax.evaluate.lm_eval_model import LanguageModel
+from grit_jax.files import write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +177,6 @@ def evaluate(
       confirm_run_unsafe_code=run_unsafe_code,
     )
     text = json.dumps(results, indent=2, default=handle_non_serializable)
-    # A file that is there is whole.
-    temporary = file.with_suffix('.tmp')
-    temporary.write_text(text + '\n')
-    temporary.rename(file)
+    write_file(file, text + '\n')
     found[name] = json.loads(text)
   return found

@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from grit_jax.data import folders, records
+from grit_jax import files
+from grit_jax.data import records
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
 from grit_jax.errors import UserError
@@ -230,7 +231,7 @@ def _open_begun(
     UserError: It was begun with something else.
   """
   if not (folder / INDEX).exists():
-    with folders.writing(folder):
+    with files.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
     return None
   index = Index.open(folder)

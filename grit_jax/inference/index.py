@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from grit_jax.data import folders
+from grit_jax import files
 from grit_jax.errors import UserError
 from grit_jax.inference import search
 from grit_jax.inference.shards import DTYPES, Document, Shard, hash_id
@@ -106,7 +106,7 @@ class Index:
       'metadata': metadata or {},
       'shards': [],
     }
-    with folders.writing(folder):
+    with files.writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       return cls(folder, _write_fields(folder, fields))
 
@@ -222,18 +222,18 @@ class Index:
         f'{len(documents)} documents, expected [documents, {self.dimension}] '
         'and one document or more'
       )
-    with folders.lock(self.folder, wait=False) as held:
-      if not held or (self.folder / INDEX).read_text() != self._content:
+    with files.lock(self.folder / '.lock'):
+      if (self.folder / INDEX).read_text() != self._content:
         raise UserError(
-          f'{self.folder}: another process extends it, or has done so since it '
-          'was opened here; open it again'
+          f'{self.folder}: another process has extended it since it was opened '
+          'here; open it again'
         )
       fields = json.loads(self._content)
       shard = Shard(self.folder, len(self._shards), fields)
       lines = shard.to_lines(documents)
       ids = [document['id'] for document in documents]
       self._check_ids(ids, shard.documents_path)
-      with folders.writing(self.folder):
+      with files.writing(self.folder):
         fields['shards'].append(shard.write(embeddings, lines, ids))
         fields['documents'] += len(documents)
         self._take(_write_fields(self.folder, fields))
@@ -285,16 +285,5 @@ class Index:
 def _write_fields(folder: pathlib.Path, fields: dict[str, Any]) -> str:
   """Replaces `index.json`; returns its content."""
   content = json.dumps(fields, indent=2) + '\n'
-  partial = folder / f'{INDEX}.partial'
-  with partial.open('w') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  partial.replace(folder / INDEX)
-  directory = os.open(folder, os.O_RDONLY)
-  try:
-    # The renames themselves, on the disk.
-    os.fsync(directory)
-  finally:
-    os.close(directory)
+  files.write_file(folder / INDEX, content)
   return content

@@ -12,7 +12,6 @@ N documents, D model.
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from grit_jax import files
 from grit_jax.errors import UserError
 
 # What embeddings may be stored in.
@@ -163,13 +163,9 @@ class Shard:
       (self.documents_path, lambda file: file.writelines(lines)),
       (self.offsets_path, lambda file: np.save(file, offsets)),
     ):
-      partial = path.with_name(f'{path.name}.partial')
-      with partial.open('wb') as file:
+      with files.new_file(path) as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-      digests[path.name] = _hash_file(partial)
-      partial.replace(path)
+      digests[path.name] = files.hash_file(path)
     return {'rows': len(lines), 'largest_norm': largest, 'sha256': digests}
 
   def check(self) -> None:
@@ -186,7 +182,7 @@ class Shard:
     self._check_documents()
     for name, digest in self._stated['sha256'].items():
       path = self.documents_path.with_name(name)
-      if _hash_file(path) != digest:
+      if files.hash_file(path) != digest:
         raise UserError(
           f'{path}: its SHA-256 is not what is stated: the file was changed, '
           'or is damaged'
@@ -265,13 +261,5 @@ def _read_lines(path: pathlib.Path) -> Iterator[bytes]:
   try:
     with path.open('rb') as file:
       yield from file
-  except OSError as error:
-    raise UserError(f'{path}: cannot be read: {error}') from error
-
-
-def _hash_file(path: pathlib.Path) -> str:
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
     raise UserError(f'{path}: cannot be read: {error}') from error

@@ -13,7 +13,6 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -36,6 +35,7 @@ from grit_jax.convert.streamed import StreamedArray, write_checkpoint
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
+from grit_jax.files import write_json
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
 from grit_jax.inference.sampling import Sampling
@@ -266,7 +266,7 @@ def run_benchmark(flags: argparse.Namespace) -> None:
     'gains': _gains(rows),
   }
   print(to_table(report))
-  pathlib.Path(flags.output).write_text(json.dumps(report, indent=2) + '\n')
+  write_json(flags.output, report)
 
 
 def _describe_machine(model: GritLM, theirs: Any) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 from tqdm import tqdm
 
-from grit_jax.data import folders, lines, records
+from grit_jax.data import lines, records
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.files import new_file, writing
 from grit_jax.inference.corpus import parse_document
 from grit_jax.inference.gritlm import join_title
 from grit_jax.inference.shards import Document
@@ -146,10 +147,9 @@ def write_passages(
   lengths: list[int] = []
   seen: dict[str, pathlib.Path] = {}
   counts: collections.Counter[str] = collections.Counter()
-  partial = target.with_name(f'{target.name}.partial')
-  with folders.writing(target.parent):
+  with writing(target.parent):
     target.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open('w', encoding='utf-8') as file:
+    with new_file(target, 'w', encoding='utf-8') as file:
       for path in tqdm(files, desc='Reading', unit=' files'):
         for document in read_documents(path):
           counts['documents'] += 1
@@ -165,7 +165,6 @@ def write_passages(
             line = json.dumps(passage, ensure_ascii=False)
             file.write(f'{line}\n')
             lengths.append(length)
-    partial.replace(target)
   if not lengths:
     raise RecordError(f'{files[0]}: no text in it, nor in the other files')
   logging.info(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grit_jax.data import folders
 from grit_jax.data.formats import format_embedding_prefix
 from grit_jax.data.sources import FileSource
 from grit_jax.encode import fingerprint
 from grit_jax.errors import UserError
+from grit_jax.files import writing
 from grit_jax.inference import arguments
 from grit_jax.inference.cache import to_dtype
 from grit_jax.inference.corpus import CorpusWriter
@@ -87,7 +87,7 @@ def write_index(flags: argparse.Namespace) -> None:
         return model.encode_corpus(
           documents, max_length=flags.max_length, batch_size=flags.batch_size
         )
-      with folders.writing(folder):
+      with writing(folder):
         return _embed_and_cache(model, documents, caches, writer.done, flags)
 
     writer.write(embed)

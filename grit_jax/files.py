@@ -1,0 +1,199 @@
+"""Files and folders that are whole when they are there, and who writes them."""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator
+from typing import IO, Any
+
+from etils import epath
+
+from grit_jax.errors import UserError
+
+_PARTIAL = '.partial'
+
+
+class LockedError(UserError):
+  """Another process writes the same."""
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+  """Turns an error of the disk into a message that says what to do.
+
+  Raises:
+    UserError: in place of an OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'{folder}: cannot write: {error.strerror or error}. If the disk is '
+      'full, make room; the same command goes on from what is whole.'
+    ) from error
+
+
+@contextlib.contextmanager
+def new_file(
+  path: str | os.PathLike, mode: str = 'wb', **options: Any
+) -> Iterator[IO]:
+  """Opens a local file that takes its name when all of it is on the disk.
+
+  Until then what has the name stays as it is; for good, if an error comes.
+
+  Args:
+    path: the file.
+    mode: `wb` or `w`.
+    **options: of `open`.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + _PARTIAL)
+  try:
+    with open(partial, mode, **options) as file:
+      yield file
+      sync(file)
+    partial.replace(path)
+    # The name itself, on the disk.
+    sync_folder(path.parent)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def write_file(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file, local or gs://, whole or not at all."""
+  content = content.encode() if isinstance(content, str) else content
+  if is_local(path):
+    with new_file(path) as file:
+      file.write(content)
+  else:
+    # An object of an object store has all of it at once.
+    epath.Path(path).write_bytes(content)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes JSON for people and programs, as `write_file`."""
+  write_file(path, json.dumps(value, indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a folder to fill, which takes the target's name at the end.
+
+  Whatever happens before that, nothing has the target's name, and what was
+  written is removed; after a kill, at the next start.
+  """
+  folder = target.parent / f'.{target.name}{_PARTIAL}'
+  shutil.rmtree(folder, ignore_errors=True)
+  try:
+    folder.mkdir(parents=True)
+    yield folder
+    publish(folder, target)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Renames a folder once its files are on the disk; replaces the target."""
+  for path in folder.rglob('*'):
+    if path.is_file():
+      with path.open('rb') as file:
+        os.fsync(file.fileno())
+  shutil.rmtree(target, ignore_errors=True)
+  folder.rename(target)
+  sync_folder(target.parent)
+
+
+def sync(file: IO) -> None:
+  """Waits until what was written into a file is on the disk."""
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+  """Waits until the names in a folder are on the disk."""
+  directory = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(directory)
+  finally:
+    os.close(directory)
+
+
+def hash_file(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a local file, in hexadecimal digits.
+
+  Raises:
+    UserError: it is missing, or cannot be read.
+  """
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    raise UserError(
+      f'{path}: cannot be read: {error.strerror or error}.'
+    ) from error
+
+
+def is_local(path: epath.PathLike) -> bool:
+  """Whether a path is of a local or mounted disk, not gs:// or the like."""
+  return '://' not in os.fspath(path)
+
+
+def describe_holder() -> dict[str, Any]:
+  """Returns what a lock says of the process that holds it."""
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    'pid': os.getpid(),
+    'host': socket.gethostname(),
+    'since': now.isoformat(timespec='seconds'),
+  }
+
+
+def refuse_second(what: epath.PathLike, holder: dict[str, Any]) -> LockedError:
+  """Returns the error of who finds a lock held."""
+  return LockedError(
+    f'{what}: process {holder.get("pid", "?")} on {holder.get("host", "?")} '
+    f'writes it, since {holder.get("since", "?")}. Wait until it ends, or take '
+    'another folder.'
+  )
+
+
+@contextlib.contextmanager
+def lock(file: pathlib.Path, wait: bool = False) -> Iterator[None]:
+  """Holds the right to write; the system takes it back if the process dies.
+
+  Args:
+    file: the lock itself, in the folder that is written, or beside what is.
+    wait: for a process that holds it, without end.
+
+  Raises:
+    LockedError: without `wait`: another process holds it, which the message
+      names.
+  """
+  with writing(file.parent):
+    opened = open(file, 'a+')
+  with opened:
+    try:
+      fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      opened.seek(0)
+      raise refuse_second(file.parent, _read_holder(opened)) from None
+    opened.truncate(0)
+    opened.write(json.dumps(describe_holder()))
+    opened.flush()
+    yield
+
+
+def _read_holder(file: IO) -> dict[str, Any]:
+  try:
+    holder = json.loads(file.read())
+  except ValueError:
+    # It has the lock, and has not written yet.
+    return {}
+  return holder if isinstance(holder, dict) else {}
