@@ -10,7 +10,9 @@ converted. It holds:
   in others, which need nothing else;
 - `data`: the state of the data iterator; not in a converted one;
 - `config`: the run's configuration, JSON;
-- `tokenizer`: the files of the tokenizer.
+- `tokenizer`: the files of the tokenizer;
+- `fingerprints`: checksums of the above, and what tells the tokenizer and the
+  data of the run from others, JSON.
 
 Orbax writes it in the background into a temporary folder and renames that when
 all of it is there, so a folder with a step's name is a whole checkpoint.
@@ -18,44 +20,62 @@ all of it is there, so a folder with a step's name is a whole checkpoint.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from grit_jax import processes
+from grit_jax.checksums import start_of, sum_arrays, sum_part
 from grit_jax.errors import UserError
+from grit_jax.files import hash_json
 
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
 BASE = 'base'
+FINGERPRINTS = 'fingerprints'
 MODEL = 'model'
 CONFIG_FILE = 'config.json'
+_FINGERPRINTS_FILE = 'fingerprints.json'
 
 # Bytes of an array that are compressed and read as one, at most. A layer is
 # never in one with another: a conversion reads and writes layer by layer.
 CHUNK_BYTES = 32 * 2**20
 
+_DAMAGED = 'is damaged: its checksum is another.'
+
 
 class FilesHandler(ocp.CheckpointHandler):
   """An item that is some files of given bytes.
 
-  With their checksums: half a sentencepiece model can be a model too.
+  With their checksums: half a sentencepiece model can be a model too. They are
+  written when all other items are, so they can say something of those.
   """
 
   _CHECKSUMS = 'checksums.json'
 
   def save(self, directory: epath.Path, args: 'FilesSave') -> None:
+    """Remembers what to write."""
+    del directory
+    self._make_files = args.make_files
+
+  def finalize(self, directory: epath.Path) -> None:
     """Writes the files."""
     if jax.process_index() == 0:
       checksums = {}
-      for name, content in args.files.items():
+      for name, content in self._make_files().items():
         (directory / name).write_bytes(content)
         checksums[name] = hashlib.sha256(content).hexdigest()
       (directory / self._CHECKSUMS).write_text(json.dumps(checksums))
@@ -70,16 +90,16 @@ class FilesHandler(ocp.CheckpointHandler):
     for name, checksum in checksums.items():
       files[name] = (directory / name).read_bytes()
       if hashlib.sha256(files[name]).hexdigest() != checksum:
-        raise ValueError(f'{name} is damaged: its checksum is another.')
+        raise ValueError(f'{name} {_DAMAGED}')
     return files
 
 
 @ocp.args.register_with_handler(FilesHandler, for_save=True)
 @dataclasses.dataclass
 class FilesSave(ocp.args.CheckpointArgs):
-  """The files to save, by name."""
+  """What gives the files by name when the other items are written."""
 
-  files: Mapping[str, bytes]
+  make_files: Callable[[], Mapping[str, bytes]]
 
 
 @ocp.args.register_with_handler(FilesHandler, for_restore=True)
@@ -95,6 +115,7 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
     CONFIG: ocp.JsonCheckpointHandler(CONFIG_FILE),
     TOKENIZER: FilesHandler(),
     BASE: ocp.JsonCheckpointHandler(f'{BASE}.json'),
+    FINGERPRINTS: FilesHandler(),
   }
 
 
@@ -112,7 +133,7 @@ class Checkpoint:
       raise UserError(f'{self.folder} does not exist.')
     if not ocp.utils.is_checkpoint_finalized(self.folder):
       raise UserError(f'{self.folder} was not written to its end.')
-    for item in (STATE, CONFIG, TOKENIZER):
+    for item in (STATE, CONFIG, TOKENIZER, FINGERPRINTS):
       if not (self.folder / item).is_dir():
         raise UserError(f'{self.folder}: the item {item} is missing.')
     self._checkpointer = ocp.Checkpointer(
@@ -148,14 +169,59 @@ class Checkpoint:
         partial_restore=True,
       )
       state = self._restore_item(STATE, arguments)
+    self._check_sums(sum_arrays(flatten(state)))
     if data_iterator is not None:
       self._restore_data(data_iterator)
     return _unnest(state, abstract_state)
 
   def read_config(self) -> dict[str, Any]:
     """Returns the configuration that was saved."""
-    with self._reading(CONFIG):
-      return self._restore_item(CONFIG, ocp.args.JsonRestore())
+    return self._read_json(CONFIG)
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, Any]:
+    """The item `fingerprints`, as it was saved."""
+    with self._reading(FINGERPRINTS):
+      files = self._restore_item(FINGERPRINTS, FilesRestore())
+      return json.loads(files[_FINGERPRINTS_FILE])
+
+  def verify(self) -> None:
+    """Reads the model's arrays, and compares them with their checksums.
+
+    For those who read parts of them; `restore` does it by itself. Of several
+    processes each reads a share.
+
+    Raises:
+      UserError: one is damaged; the message names it.
+    """
+    shapes = {
+      path: array.shape
+      for path, array in self.types().items()
+      if path.split('/')[0] == MODEL
+    }
+    own = [*shapes][jax.process_index() :: jax.process_count()]
+    self._check_sums(
+      {path: self._sum_stored(path, shapes[path]) for path in own}
+    )
+
+  def _sum_stored(self, path: str, shape: tuple[int, ...]) -> int:
+    """Returns the checksum of an array as it is on the disk."""
+    if not shape:
+      return sum_part(self.read_array(path, ()), 0)
+    # Far more than a chunk, of which one that is cut is read twice.
+    row_bytes = 4 * math.prod(shape[1:])
+    rows = max(8 * CHUNK_BYTES // max(row_bytes, 1), 1)
+    total = 0
+    for row in range(0, shape[0], rows):
+      part = self.read_array(path, (slice(row, min(row + rows, shape[0])),))
+      total += sum_part(part, start_of((row,), shape))
+    return total % 2**32
+
+  def _check_sums(self, sums: Mapping[str, Any]) -> None:
+    wanted = self.fingerprints['arrays']
+    for path, found in sums.items():
+      if int(found) != wanted.get(path):
+        raise UserError(f'{self.folder}: the item {STATE}: {path} {_DAMAGED}')
 
   def has_base(self) -> bool:
     """Whether the model is adapters, of a base that is elsewhere."""
@@ -163,8 +229,7 @@ class Checkpoint:
 
   def read_base(self) -> dict[str, str]:
     """Returns `init_from` and `fingerprint` of what adapters are for."""
-    with self._reading(BASE):
-      return self._restore_item(BASE, ocp.args.JsonRestore())
+    return self._read_json(BASE)
 
   def read_tokenizer(self) -> dict[str, bytes]:
     """Returns the files of the tokenizer that was saved, by name."""
@@ -181,45 +246,58 @@ class Checkpoint:
       for path, array in flatten(metadata.tree).items()
     }
 
-  def open_array(self, path: str) -> tensorstore.TensorStore:
-    """Opens one array, to be read slice by slice.
+  def read_array(self, path: str, index: tuple[int | slice, ...]) -> np.ndarray:
+    """Reads a part of an array.
 
     Args:
       path: as in `types`.
+      index: of its first axes.
 
-    Returns:
-      The array; `array[index].read().result()` reads a part of it.
+    Raises:
+      UserError: it cannot be read.
     """
+    try:
+      return np.asarray(self.open_array(path)[index].read().result())
+    except ValueError as error:
+      raise UserError(
+        f'{self.folder}: {path} cannot be read: {reason(error)}'
+      ) from error
+
+  def open_array(self, path: str) -> tensorstore.TensorStore:
+    """Opens an array by its path, to look at how it is stored."""
     name = path.replace('/', '.')
     folder = self.folder / STATE
     store: dict[str, Any] = kvstore(folder / name)
     if (folder / 'manifest.ocdbt').exists():
       base = kvstore(folder)
       store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
-    with self._reading(STATE):
-      spec = {'driver': 'zarr', 'kvstore': store}
-      return tensorstore.open(spec, open=True, read=True).result()
+    spec = {'driver': 'zarr', 'kvstore': store}
+    return tensorstore.open(spec, open=True, read=True).result()
 
   def _restore_item(self, item: str, arguments: Any) -> Any:
     return self._checkpointer.restore(
       self.folder, args=ocp.args.Composite(**{item: arguments})
     )[item]
 
+  def _read_json(self, item: str) -> dict[str, Any]:
+    with self._reading(item):
+      found = self._restore_item(item, ocp.args.JsonRestore())
+      if hash_json(found) != self.fingerprints[item]:
+        raise ValueError(_DAMAGED)
+      return found
+
   def _restore_data(self, iterator: grain.DatasetIterator) -> None:
     """Sets the iterator's state.
 
     Each process has written its own, all the same, as every process iterates
-    over the same steps. Another number of processes takes the first's.
+    over the same steps; all read the first's.
     """
     with self._reading(DATA):
-      folder = self.folder / DATA
-      own = f'process_{jax.process_index()}-of-{jax.process_count()}.json'
-      first = sorted(folder.glob('process_0-of-*.json'))
-      if first and not (folder / own).exists():
-        iterator.set_state(json.loads(first[0].read_text()))
-        return
-      arguments = grain.checkpoint.CheckpointRestore(iterator)
-      self._restore_item(DATA, arguments)
+      [first] = (self.folder / DATA).glob('process_0-of-*.json')
+      state = json.loads(first.read_text())
+      if hash_json(state) != self.fingerprints[DATA]:
+        raise ValueError(_DAMAGED)
+      iterator.set_state(state)
 
   @contextlib.contextmanager
   def _reading(self, item: str) -> Iterator[None]:
@@ -276,8 +354,21 @@ class Checkpoints:
   of them. To read, take `find_checkpoint`.
   """
 
-  def __init__(self, workdir: epath.PathLike, keep: int):
-    """Opens `{workdir}/checkpoints`, to keep the `keep` newest."""
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    keep: int,
+    check_lease: Callable[[], None] = lambda: None,
+  ):
+    """Opens `{workdir}/checkpoints`, to keep the `keep` newest.
+
+    Args:
+      workdir: of the run.
+      keep: checkpoints that are kept.
+      check_lease: raises if another run has taken the workdir over.
+    """
+    self.check_lease = check_lease
+    self._has_failed = False
     self._directory = absolute(workdir) / 'checkpoints'
     self._manager = ocp.CheckpointManager(
       self._directory,
@@ -294,8 +385,9 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Waits until what is being saved is there."""
-    self._manager.close()
+    """Waits until what is being saved is there, unless saving has failed."""
+    if not self._has_failed:
+      self._manager.close()
 
   def latest(self) -> int | None:
     """Returns the newest step that is saved, or being saved by this run."""
@@ -313,9 +405,24 @@ class Checkpoints:
     """
     return Checkpoint(self.path(step))
 
-  def wait(self) -> None:
-    """Waits until what is being saved is there; raises if it failed."""
-    self._manager.wait_until_finished()
+  def wait(self, step: int = 0) -> None:
+    """Waits until what is being saved is there.
+
+    Args:
+      step: that the newest checkpoint must be of; 0: of any.
+
+    Raises:
+      UserError: it failed, or the newest checkpoint is another run's.
+    """
+    with self._saving():
+      self._manager.wait_until_finished()
+    found = max(_steps(self._directory.parent), default=0)
+    if step and processes.is_first() and found != step:
+      raise UserError(
+        f'{self._directory}: this run has saved step {step}, and the newest '
+        f'checkpoint is of step {found}: another run writes here, or has '
+        'removed it.'
+      )
 
   def save(
     self,
@@ -324,6 +431,7 @@ class Checkpoints:
     data_iterator: grain.DatasetIterator,
     config: dict[str, Any],
     tokenizer: Mapping[str, bytes],
+    run: dict[str, Any],
     base: dict[str, str] | None = None,
   ) -> bool:
     """Starts to save, and returns when `state` may be donated.
@@ -334,6 +442,8 @@ class Checkpoints:
       data_iterator: its state is taken before this returns.
       config: the configuration, as JSON has it.
       tokenizer: the tokenizer's files.
+      run: what tells tokenizer and data from others, as JSON has it; the next
+        start compares it.
       base: of a run that trains adapters, what `Checkpoint.read_base` returns.
 
     Returns:
@@ -341,21 +451,52 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return False
+    self.check_lease()
     nested = _nest(state)
-    more = {} if base is None else {BASE: ocp.args.JsonSave(base)}
-    return self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{
-          STATE: ocp.args.PyTreeSave(nested, save_args=_chunks(nested)),
-          DATA: grain.checkpoint.CheckpointSave(data_iterator),
-          CONFIG: ocp.args.JsonSave(config),
-          TOKENIZER: FilesSave(tokenizer),
-          **more,
-        }
-      ),
-      force=True,
+    fingerprints = {
+      'run': run,
+      CONFIG: hash_json(config),
+      DATA: hash_json(data_iterator.get_state()),
+      'arrays': jax.tree.map(int, sum_arrays(flatten(nested))),
+    }
+    more = {}
+    if base is not None:
+      more[BASE] = ocp.args.JsonSave(base)
+      fingerprints[BASE] = hash_json(base)
+    items = ocp.args.Composite(
+      **{
+        STATE: ocp.args.PyTreeSave(nested, save_args=_chunks(nested)),
+        DATA: grain.checkpoint.CheckpointSave(data_iterator),
+        CONFIG: ocp.args.JsonSave(config),
+        TOKENIZER: FilesSave(lambda: tokenizer),
+        FINGERPRINTS: save_fingerprints(lambda: fingerprints),
+        **more,
+      }
     )
+    # It waits for the one before, and raises if that failed.
+    with self._saving():
+      return self._manager.save(step, args=items, force=True)
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    """Turns what saving raises into an error that says what is whole."""
+    try:
+      yield
+    except (ValueError, OSError) as error:
+      self._has_failed = True
+      steps = _steps(self._directory.parent)
+      good = self.path(max(steps)) if steps else 'none'
+      raise UserError(
+        f'{self._directory}: a checkpoint was not saved: {reason(error)}. The '
+        f'last good one: {good}. The same command goes on from it.'
+      ) from error
+
+
+def save_fingerprints(make: Callable[[], dict[str, Any]]) -> FilesSave:
+  """Returns how the item `fingerprints` is saved."""
+  return FilesSave(
+    lambda: {_FINGERPRINTS_FILE: json.dumps(make(), indent=2).encode()}
+  )
 
 
 def find_checkpoint(path: epath.PathLike) -> Checkpoint:
@@ -417,7 +558,12 @@ def _chunks(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-  """Returns an error's first line, without TensorStore's dump of its state."""
+  """Returns what the system says, or an error's first line.
+
+  Without TensorStore's dump of its state.
+  """
+  if code := re.search("os_error_code='([0-9]+)'", str(error)):
+    return os.strerror(int(code[1]))
   lines = str(error).partition(' [tensorstore_spec=')[0].strip().splitlines()
   return lines[0] if lines else type(error).__name__
 

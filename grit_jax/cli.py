@@ -119,6 +119,26 @@ def run(
     _end(f'grit_jax: {stopped.format(**vars(flags))}', 128 + signal.SIGINT)
 
 
+def main(*arguments: Any, **keywords: Any) -> None:
+  """Runs a command as the whole of a process; see `run`.
+
+  After an error nothing that a library still does may print or wait.
+  """
+  sys.unraisablehook = _show_unraisable
+  try:
+    run(*arguments, **keywords)
+  except SystemExit as error:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.code if isinstance(error.code, int) else 1)
+
+
+def _show_unraisable(what: Any) -> None:
+  # Of a write whose event loop has gone with the error of another write.
+  if str(what.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(what)
+
+
 def parse_positive(text: str) -> int:
   """Returns a number from 1 to `MAX_NUMBER`."""
   number = int(text) if text.isdecimal() else 0

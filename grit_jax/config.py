@@ -300,6 +300,9 @@ class DataConfig:
   # Where tokenized data sets are kept, on a disk; empty: `data` in the workdir,
   # which is then not on gs://.
   cache_dir: str = ''
+  # A run that goes on refuses data that is not what it began with; True: it
+  # goes on from the same step, with batches planned from the data as it is now.
+  allow_changed: bool = False
   embedding_batch: int = 2048  # pairs a step
   generative_batch: int = 256  # conversations a step
   # Batches of pairs. leftovers: of one data set; what is left of each after

@@ -129,7 +129,7 @@ def encode(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(),
     encode,
     stopped='stopped; the same command resumes after what is whole',

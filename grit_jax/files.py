@@ -17,6 +17,7 @@ from etils import epath
 from grit_jax.errors import UserError
 
 _PARTIAL = '.partial'
+CHECKSUMS = 'checksums.json'
 
 
 class LockedError(UserError):
@@ -33,10 +34,14 @@ def writing(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(
-      f'{folder}: cannot write: {error.strerror or error}. If the disk is '
-      'full, make room; the same command goes on from what is whole.'
-    ) from error
+    message = f'{folder}: cannot write: {error.strerror or error}'
+    # A file in the way and a missing permission have types of their own.
+    if type(error) is OSError:
+      message += (
+        '. If the disk is full, make room: the same command goes on from what '
+        'is whole'
+      )
+    raise UserError(f'{message}.') from error
 
 
 @contextlib.contextmanager
@@ -138,6 +143,52 @@ def hash_file(path: str | os.PathLike) -> str:
     raise UserError(
       f'{path}: cannot be read: {error.strerror or error}.'
     ) from error
+
+
+def write_checksums(folder: pathlib.Path, but: str) -> None:
+  """Writes `checksums.json`: of all files in a folder, but one, their SHA-256.
+
+  Args:
+    folder: the folder, with folders in it.
+    but: the name of a file that people edit.
+  """
+  names = sorted(
+    path.relative_to(folder).as_posix()
+    for path in folder.rglob('*')
+    if path.is_file() and path.name != but
+  )
+  write_json(
+    folder / CHECKSUMS, {name: hash_file(folder / name) for name in names}
+  )
+
+
+def check_checksums(folder: pathlib.Path) -> None:
+  """Compares files with `checksums.json`, where a folder has one.
+
+  Raises:
+    UserError: a file is not what was written; the message names it.
+  """
+  path = folder / CHECKSUMS
+  if not path.exists():
+    return
+  try:
+    checksums = dict(json.loads(path.read_bytes()))
+  except (ValueError, TypeError) as error:
+    raise UserError(f'{path} is damaged: {error}.') from error
+  for name, checksum in checksums.items():
+    # It may come from anybody, and reads nothing but its own folder.
+    if pathlib.PurePosixPath(name).is_absolute() or '..' in name.split('/'):
+      raise UserError(f'{path} names a file outside its folder: {name!r}.')
+    if hash_file(folder / name) != checksum:
+      raise UserError(
+        f'{folder / name} is not what was written: its checksum is another. '
+        f'It is damaged; or edited, and then take it out of {CHECKSUMS}.'
+      )
+
+
+def hash_json(value: Any) -> str:
+  """Returns the SHA-256 of a value as JSON, whatever the order of its keys."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def is_local(path: epath.PathLike) -> bool:

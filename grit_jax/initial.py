@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from tqdm import tqdm
 
 from grit_jax import config as configuration
+from grit_jax import processes
 from grit_jax.checkpoint import (
   MODEL,
   STATE,
@@ -26,13 +27,13 @@ from grit_jax.checkpoint import (
   absolute,
   find_checkpoint,
   flatten,
-  reason,
 )
 from grit_jax.config import ARCHITECTURE, Config, ModelConfig
 from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.errors import ConfigError, UserError
+from grit_jax.files import check_checksums
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.lora import (
   adapter_path,
@@ -79,6 +80,14 @@ class InitialModel(abc.ABC):
       The part, in the decoder's own layout.
     """
 
+  @abc.abstractmethod
+  def verify(self) -> None:
+    """Reads all weights once, if they have checksums, and compares those.
+
+    Raises:
+      UserError: A weight is damaged.
+    """
+
   def fingerprint(self) -> str:
     """Returns what tells these weights from others, on any disk or mesh.
 
@@ -117,10 +126,15 @@ class _CheckpointModel(InitialModel):
     found = _find_arrays(checkpoint, keys.weight_shapes(self.model))
     self.dtype = str(found['final_norm'].dtype)
 
+  def verify(self) -> None:
+    """See the base class."""
+    self._checkpoint.verify()
+
   def read(
     self, path: str, index: tuple[slice, ...], dtype: np.dtype
   ) -> np.ndarray:
-    return _read_array(self._checkpoint, path, index).astype(dtype)
+    part = self._checkpoint.read_array(f'{MODEL}/{path}', index)
+    return part.astype(dtype)
 
 
 class AdaptedModel(InitialModel):
@@ -148,6 +162,11 @@ class AdaptedModel(InitialModel):
     check_base(checkpoint, self.base)
     self._targets = target_axes(self.model, self.config.lora)
     _find_arrays(checkpoint, adapter_shapes(self.model, self.config.lora))
+
+  def verify(self) -> None:
+    """See the base class."""
+    self.base.verify()
+    self.adapters.verify()
 
   def read(
     self, path: str, index: tuple[slice, ...], dtype: np.dtype
@@ -181,7 +200,8 @@ class AdaptedModel(InitialModel):
       factor: a or b.
       leading: A slice an axis of layers, and of experts.
     """
-    return _read_array(self.adapters, adapter_path(path, factor), leading)
+    name = f'{MODEL}/{adapter_path(path, factor)}'
+    return self.adapters.read_array(name, leading)
 
 
 def describe_base(base: InitialModel) -> dict[str, str]:
@@ -221,24 +241,17 @@ def _find_arrays(
   return found
 
 
-def _read_array(
-  checkpoint: Checkpoint, path: str, index: tuple[slice, ...]
-) -> np.ndarray:
-  array = checkpoint.open_array(f'{MODEL}/{path}')
-  try:
-    return array[index].read().result()
-  except ValueError as error:
-    raise UserError(
-      f'{checkpoint.folder}: {path} cannot be read: {reason(error)}'
-    ) from error
-
-
 class _FolderModel(InitialModel):
   def __init__(self, folder: HfFolder):
     self.where = str(folder.path)
     self.model, self.tokenizer = folder.model, folder.tokenizer
     self.dtype = folder.dtype
     self._folder = folder
+
+  def verify(self) -> None:
+    """See the base class; our exports have checksums."""
+    if processes.is_first():
+      check_checksums(self._folder.path)
 
   def read(
     self, path: str, index: tuple[slice, ...], dtype: np.dtype
@@ -381,6 +394,7 @@ def _read_all(
   quantization: str,
 ) -> Decoder:
   """Reads the weights of `abstract`, but those that are drawn."""
+  initial.verify()
   mesh = jax.sharding.get_mesh()
   weights = flatten(abstract)
   axes = projection_axes(abstract.config) if quantization else {}

@@ -2,22 +2,24 @@
 
 import logging as standard
 import os
+import warnings
 
 from absl import logging
 
 _PACKAGE = os.path.dirname(__file__)
+# What these log of an error they raise too, where we wait for them.
+_RAISING = ('orbax', 'asyncio')
 
 
-def quiet_libraries(least: int | None = standard.WARNING) -> None:
-  """Shows what the package logs, and little of the libraries underneath.
+def quiet_libraries() -> None:
+  """Shows what the package logs, and of libraries what may need attention."""
+  logging.get_absl_handler().addFilter(_is_shown)
+  # What Orbax leaves behind when a disk is full says nothing to the user.
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
 
-  Args:
-    least: the level, of Python's `logging`, from which theirs is shown too:
-      by default what may need the user's attention. None: nothing is.
-  """
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      record.pathname.startswith(_PACKAGE)
-      or (least is not None and record.levelno >= least)
-    )
-  )
+
+def _is_shown(record: standard.LogRecord) -> bool:
+  if record.pathname.startswith(_PACKAGE):
+    return True
+  folders = record.pathname.split(os.sep)
+  return record.levelno >= standard.WARNING and not {*folders} & {*_RAISING}

@@ -53,6 +53,7 @@ class Loop:
     step = int(state.step)
     pending = None
     while step < self.config.steps and not stop.reached(step):
+      self.checkpoints.check_lease()
       with self.profile.step(step + 1):
         host = next(batches)
         state, metrics = train_step(state, place_batch(mesh, host.batch))
@@ -75,7 +76,7 @@ class Loop:
       self._report(*pending)
     if step and step != self.checkpoints.latest():
       save(step, state)
-    self.checkpoints.wait()
+    self.checkpoints.wait(step)
     return state, step
 
   def _find_evaluation(self, step: int) -> Evaluate | None:

@@ -4,6 +4,7 @@ A run that resumes goes on in the same `metrics.jsonl`, which then holds the
 steps of a run that was never interrupted, each once.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -12,12 +13,12 @@ from typing import Any
 
 import jax
 import tqdm
+from absl import logging
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from grit_jax.errors import UserError
-from grit_jax.files import is_local, write_file
+from grit_jax.files import is_local, write_file, writing
 
 TOKENS_PER_SECOND = 'tokens_per_second'
 
@@ -53,7 +54,7 @@ class MetricsWriter:
     self._step = start_step
     if not self._is_writer:
       return
-    folder = epath.Path(workdir)
+    self._folder = folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'metrics.jsonl'
     if path.exists():
@@ -78,10 +79,13 @@ class MetricsWriter:
     """Returns itself."""
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type | None, *_: object) -> None:
     """Closes the files and the bar."""
-    if self._is_writer:
-      self._bar.close()
+    if not self._is_writer:
+      return
+    self._bar.close()
+    # An error that is on its way says more than one of closing.
+    with contextlib.suppress(OSError) if kind else writing(self._folder):
       self._tensorboard.close()
       self._file.close()
 
@@ -97,10 +101,11 @@ class MetricsWriter:
       key: number if math.isfinite(number) else None
       for key, number in numbers.items()
     }
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
-    for key, number in numbers.items():
-      self._tensorboard.add_scalar(key, number, step)
+    with writing(self._folder):
+      self._file.write(json.dumps(line) + '\n')
+      self._file.flush()
+      for key, number in numbers.items():
+        self._tensorboard.add_scalar(key, number, step)
     if description := _describe(numbers):
       self._bar.set_description_str(description, refresh=False)
     self.advance(step)
@@ -145,16 +150,23 @@ class _CloudFile(io.StringIO):
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics file, without a torn last one."""
-  lines = path.read_text().splitlines()
+  """Returns the lines of a metrics file, but those that are none.
+
+  Each of those is named, but for the last line, which a kill may tear.
+  """
+  lines = path.read_bytes().decode(errors='replace').splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError as error:
-      # A kill tears the last line alone.
       if number < len(lines):
-        raise UserError(f'{path}:{number} is not JSON: {error}') from error
+        logging.warning('%s:%d is not JSON: %s', path, number, error)
+      continue
+    if isinstance(record, dict) and type(record.get('step')) is int:
+      records.append(record)
+    else:
+      logging.warning('%s:%d has no step, and is left out.', path, number)
   return records
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,15 @@ import optax
 from absl import logging
 from etils import epath
 
-from grit_jax import cli, processes, sharding
+from grit_jax import cli, lease, processes, resume, sharding
 from grit_jax import config as configuration
 from grit_jax import optimizer as optimizers
-from grit_jax.checkpoint import Checkpoints, find_checkpoint, has_checkpoint
+from grit_jax.checkpoint import (
+  Checkpoint,
+  Checkpoints,
+  find_checkpoint,
+  has_checkpoint,
+)
 from grit_jax.config import Config
 from grit_jax.data import records
 from grit_jax.data.filling import RowShards
@@ -57,16 +63,6 @@ from grit_jax.objective import TrainState, create_state, make_train_step
 from grit_jax.processes import StopOnSignal
 from grit_jax.profile import Profile, check_profiler
 from grit_jax.xla_options import compiler_options
-
-# Keys that may change between the starts of one run: they leave its batches,
-# its weights and its schedule what they were.
-_CHANGEABLE = (
-  'mesh', 'memory', 'attention_kernel', 'checkpoint', 'evaluation', 'profile',
-  'log_every',
-)  # fmt: skip
-# But for this one, which decides what is trained on.
-_FIXED = 'evaluation.held_out_fraction'
-
 
 # The exit status of a run that a signal has stopped: what shells and schedulers
 # know SIGTERM by, so that none takes the run for finished.
@@ -128,7 +124,21 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   """
   stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
-  initial = _open_initial(config, workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with lease.hold(workdir) as check_lease:
+    return _prepare(config, workdir, mesh, stop, check_lease)
+
+
+def _prepare(
+  config: Config,
+  workdir: epath.Path,
+  mesh: jax.sharding.Mesh,
+  stop: StopOnSignal,
+  check_lease: Callable[[], None],
+) -> dict[str, Any]:
+  """Finds model, tokenizer and data, checks that they fit, and runs."""
+  kept = find_checkpoint(workdir) if has_checkpoint(workdir) else None
+  initial = _open_initial(config, workdir, kept)
   if initial is not None:
     config = take_architecture(config, initial)
   sharding.validate(config, mesh)
@@ -143,13 +153,15 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     platform,
     config.attention_kernel,
   )
-  workdir.mkdir(parents=True, exist_ok=True)
   disk = epath.Path(config.data.cache_dir or workdir)
   found = sources(config.data.paths, disk / 'tfds')
   check_kinds(config, found)
 
   tokenizer = _find_tokenizer(config, workdir, found, initial)
   config = fit_vocabulary(config, tokenizer)
+  if kept is not None:
+    resume.check_same_config(config, kept)
+    resume.check_same_tokenizer(tokenizer, kept)
   train_sets = prepare_data(config, workdir, found, tokenizer, TRAIN)
   held_out: Datasets = {records.EMBEDDING: [], records.GENERATIVE: []}
   if config.evaluation.enabled:
@@ -160,16 +172,30 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
     train_sets[records.GENERATIVE],
     RowShards(sharding.row_shards(mesh), sharding.own_row_shards(mesh)),
   )
-  _check_same_data(train_sets, pipeline)
+  run = resume.describe_run(tokenizer, train_sets)
+  processes.check_equal('the prepared data', repr(run))
+  processes.check_equal('the plan', repr(pipeline.buckets))
+  if kept is not None:
+    resume.check_same_data(config, run, kept)
   _report_plan(config, pipeline)
 
   with (
     jax.set_mesh(mesh),
-    Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+    Checkpoints(workdir, config.checkpoint.keep, check_lease) as checkpoints,
   ):
-    return _run(
-      config, workdir, tokenizer, pipeline, held_out, initial, checkpoints, stop
+    batches = pipeline.iterate()
+    save = partial(
+      checkpoints.save,
+      data_iterator=batches,
+      config=dataclasses.asdict(config),
+      tokenizer=tokenizer.files,
+      run=run,
+      base=describe_base(initial) if initial and config.lora.rank else None,
     )
+    return _run(
+      config, workdir, tokenizer, pipeline, batches, held_out, initial,
+      checkpoints, save, stop,
+    )  # fmt: skip
 
 
 def _run(
@@ -177,17 +203,17 @@ def _run(
   workdir: epath.Path,
   tokenizer: Tokenizer,
   pipeline: Pipeline,
+  batches: grain.DatasetIterator,
   held_out: Datasets,
   initial: InitialModel | None,
   checkpoints: Checkpoints,
+  save: Callable[..., bool],
   stop: StopOnSignal,
 ) -> dict[str, Any]:
   """Trains on what is prepared; evaluates before, at times, and after."""
   mesh = jax.sharding.get_mesh()
-  _check_same_run(config, checkpoints)
   _write_json(workdir / 'config.json', dataclasses.asdict(config))
   optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-  batches = pipeline.iterate()
   state, frozen = _start_state(config, optimizer, initial, checkpoints, batches)
   start = int(state.step)
   logging.info(
@@ -214,13 +240,6 @@ def _run(
   options = compiler_options(mesh.devices.flat[0].device_kind)
   train_step = partial(
     make_train_step(config, optimizer, schedule, options), frozen=frozen
-  )
-  save = partial(
-    checkpoints.save,
-    data_iterator=batches,
-    config=dataclasses.asdict(config),
-    tokenizer=tokenizer.files,
-    base=describe_base(initial) if initial and config.lora.rank else None,
   )
   with (
     MetricsWriter(workdir, start, config.steps) as writer,
@@ -250,7 +269,9 @@ def _run(
   return _evaluate_after(workdir, evaluation, join_trained(state.model, frozen))
 
 
-def _open_initial(config: Config, workdir: epath.Path) -> InitialModel | None:
+def _open_initial(
+  config: Config, workdir: epath.Path, kept: Checkpoint | None
+) -> InitialModel | None:
   """Opens what the weights come from; None: they are drawn at random.
 
   A run that has saved a checkpoint needs its `init_from` no more: the
@@ -264,12 +285,12 @@ def _open_initial(config: Config, workdir: epath.Path) -> InitialModel | None:
         'init_from.'
       )
     return None
-  if not has_checkpoint(workdir):
+  if kept is None:
     return open_initial(config.init_from)
   if not config.lora.rank:
     return open_initial(workdir)
   base = open_initial(config.init_from)
-  check_base(find_checkpoint(workdir), base)
+  check_base(kept, base)
   return base
 
 
@@ -362,51 +383,6 @@ def _report_plan(config: Config, pipeline: Pipeline) -> None:
   )
 
 
-def _check_same_data(datasets: Datasets, pipeline: Pipeline) -> None:
-  """Checks that all processes plan the same batches of the same records."""
-  index = [
-    (dataset.name, len(dataset), int(dataset.lengths.sum()))
-    for dataset in (*datasets['embedding'], *datasets['generative'])
-  ]
-  processes.check_equal('the prepared data', repr(index))
-  processes.check_equal('the plan', repr(pipeline.buckets))
-
-
-def _check_same_run(config: Config, checkpoints: Checkpoints) -> None:
-  """Checks that the workdir's run has this configuration."""
-  latest = checkpoints.latest()
-  if latest is None:
-    return
-  kept = checkpoints.open(latest).read_config()
-  now = json.loads(json.dumps(dataclasses.asdict(config)))
-  # A base may have moved: its fingerprint is what counts.
-  changeable = (*_CHANGEABLE, 'init_from') if config.lora.rank else _CHANGEABLE
-  changed = [
-    f'{key}: {before!r}, now {after!r}'
-    for key, before, after in _differences(kept, now)
-    if key.split('.')[0] not in changeable or key == _FIXED
-  ]
-  if changed:
-    raise ConfigError(
-      f'{checkpoints.path(latest)} is of a run with another configuration ('
-      + '; '.join(changed)
-      + '). Take another workdir.'
-    )
-
-
-def _differences(
-  before: dict[str, Any], after: dict[str, Any], prefix: str = ''
-) -> list[tuple[str, Any, Any]]:
-  found = []
-  for name in sorted({*before, *after}):
-    old, new = before.get(name), after.get(name)
-    if isinstance(old, dict) and isinstance(new, dict):
-      found += _differences(old, new, f'{prefix}{name}.')
-    elif old != new:
-      found.append((prefix + name, old, new))
-  return found
-
-
 def _evaluate_before(
   workdir: epath.Path,
   evaluation: HeldOutEvaluation,
@@ -415,12 +391,27 @@ def _evaluate_before(
 ) -> dict[str, float] | None:
   """Evaluates the baselines and, from step 0, the model that it begins with."""
   path = workdir / 'evaluation.json'
-  if start and path.exists():
+  if start and _has_evaluation(path):
     return None
   logging.info('Evaluating before training.')
   before = evaluation.evaluate(model) if not start else None
   _write_json(path, {'before': before, **evaluation.baselines()})
   return before
+
+
+def _has_evaluation(path: epath.Path) -> bool:
+  """Whether a run that goes on has the figures of its start."""
+  if not path.exists():
+    return False
+  try:
+    if 'before' in json.loads(path.read_text()):
+      return True
+  except (ValueError, TypeError) as error:
+    logging.warning(
+      '%s is damaged (%s): it is written anew, without the figures from before '
+      'training.', path, error,
+    )  # fmt: skip
+  return False
 
 
 def _evaluate_after(
@@ -467,7 +458,7 @@ def _write_json(path: epath.Path, value: Any) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(),
     start,
     config=True,

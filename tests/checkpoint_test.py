@@ -110,7 +110,7 @@ def saved(tmp_path_factory, mesh_of) -> tuple[pathlib.Path, dict]:
   advance(iterator, 7)
   with Checkpoints(workdir, keep=2) as checkpoints:
     assert checkpoints.latest() is None
-    assert checkpoints.save(7, state, iterator, CONFIG, TOKENIZER)
+    assert checkpoints.save(7, state, iterator, CONFIG, TOKENIZER, {})
     # After the call, so not a part of the checkpoint.
     advance(iterator, 3)
   return workdir, jax.tree.map(np.asarray, state)
@@ -188,16 +188,16 @@ def test_the_newest_are_kept_and_an_existing_one_is_not_replaced(tmp_path):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 5, 9):
       assert checkpoints.save(
-        step, state, make_iterator(), {'step': step}, TOKENIZER
+        step, state, make_iterator(), {'step': step}, TOKENIZER, {}
       )
-    assert not checkpoints.save(9, state, make_iterator(), {}, TOKENIZER)
+    assert not checkpoints.save(9, state, make_iterator(), {}, TOKENIZER, {})
     checkpoints.wait()
     assert checkpoints.latest() == 9
   folder = tmp_path / 'checkpoints'
   assert sorted(path.name for path in folder.iterdir()) == ['5', '9']
   # A run that goes on from an older step comes by the newer ones again.
   with Checkpoints(tmp_path, keep=2) as checkpoints:
-    assert not checkpoints.save(5, state, make_iterator(), {}, TOKENIZER)
+    assert not checkpoints.save(5, state, make_iterator(), {}, TOKENIZER, {})
     assert checkpoints.open(5).read_config() == {'step': 5}
     assert checkpoints.open(9).read_config() == {'step': 9}
 
@@ -213,7 +213,7 @@ def test_the_state_can_be_donated_while_it_is_being_saved(tmp_path):
   donate = jax.jit(step, donate_argnums=0)
   donate.lower(values).compile()
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    checkpoints.save(1, values, make_iterator(), {}, TOKENIZER)
+    checkpoints.save(1, values, make_iterator(), {}, TOKENIZER, {})
     for _ in range(3):
       values = donate(values)
     jax.block_until_ready(values)
@@ -233,13 +233,13 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
 
     iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
     with Checkpoints(sys.argv[1], keep=2) as checkpoints:
-      checkpoints.save(1, state(1), iterator, {}, {'tokens': b'x'})
+      checkpoints.save(1, state(1), iterator, {}, {'tokens': b'x'}, {})
       checkpoints.wait()
       async def hang(*_):
         print('saving', flush=True)
         time.sleep(60)
       ocp.JsonCheckpointHandler._save_fn = hang
-      checkpoints.save(2, state(2), iterator, {}, {'tokens': b'x'})
+      checkpoints.save(2, state(2), iterator, {}, {'tokens': b'x'}, {})
   """
   child = subprocess.Popen(
     [sys.executable, '-c', textwrap.dedent(program), str(tmp_path)],
@@ -263,7 +263,7 @@ def test_a_killed_save_leaves_the_former_checkpoint(tmp_path):
     state = checkpoints.open(1).restore(wanted, make_iterator())
     np.testing.assert_array_equal(state['weight'], np.ones((64, 64)))
     # Another step than the killed one, whose folder has to go by itself.
-    assert checkpoints.save(3, state, make_iterator(), {}, TOKENIZER)
+    assert checkpoints.save(3, state, make_iterator(), {}, TOKENIZER, {})
     checkpoints.wait()
     assert checkpoints.latest() == 3
   assert sorted(path.name for path in folder.iterdir()) == ['1', '3']
@@ -331,7 +331,7 @@ def test_a_relative_workdir_is_taken(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   state = {'step': jnp.zeros((), jnp.int32)}
   with Checkpoints('run', keep=1) as checkpoints:
-    checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER)
+    checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER, {})
     checkpoints.wait()
     assert checkpoints.open(1).read_config() == CONFIG
   assert (tmp_path / 'run' / 'checkpoints' / '1').is_dir()
@@ -376,7 +376,7 @@ def test_layers_are_stored_apart_and_large_arrays_in_stretches(
   table = jnp.zeros((1024, 8), jnp.float32)
   state = {'model': {'blocks': {'q': layers}, 'embed': table}}
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER)
+    checkpoints.save(1, state, make_iterator(), CONFIG, TOKENIZER, {})
   checkpoint = find_checkpoint(tmp_path)
   for path, shape in (
     ('model/blocks/q', (1, 8, 4)),

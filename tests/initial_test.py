@@ -156,7 +156,7 @@ def test_damaged_weights_of_a_checkpoint_are_named(sources, mesh_of, tmp_path):
   config = take_architecture(make_config(presets.of_init_from()), initial)
   with (
     jax.set_mesh(mesh_of(1, 2, 1)),
-    pytest.raises(UserError, match='damaged: blocks/mlp/up cannot be'),
+    pytest.raises(UserError, match='damaged: model/blocks/mlp/up cannot be'),
   ):
     load_model(config, initial, jax.random.key(0))
 

@@ -118,4 +118,4 @@ def _worst_generative(config: Config) -> float:
 
 
 if __name__ == '__main__':
-  cli.run(make_parser(), compile_ahead, config=True)
+  cli.main(make_parser(), compile_ahead, config=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import warnings
 
 import jax
 
@@ -10,7 +9,6 @@ from grit_jax import cli
 from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import DTYPES, MAX_SHARD_BYTES, to_hf
 from grit_jax.convert.to_peft import to_peft
-from grit_jax.logs import quiet_libraries
 
 _UNITS = {'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
@@ -95,10 +93,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def convert(flags: argparse.Namespace) -> None:
   """Converts as the flags say."""
-  # Of the libraries underneath, nothing: their errors are raised.
-  quiet_libraries(None)
-  # What Orbax leaves behind when a disk is full says nothing to the user.
-  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
   # All is the host's work: an accelerator may be busy, or somebody else's.
   jax.config.update('jax_platforms', 'cpu')
   if flags.command == 'from_hf':
@@ -110,4 +104,4 @@ def convert(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(make_parser(), convert, stopped='stopped; {target} is not written.')
+  cli.main(make_parser(), convert, stopped='stopped; {target} is not written.')

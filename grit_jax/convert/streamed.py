@@ -12,10 +12,12 @@ import tensorstore
 from etils import epath
 
 from grit_jax import checkpoint
+from grit_jax.checksums import start_of, sum_part
 from grit_jax.errors import UserError
+from grit_jax.files import hash_json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StreamedArray:
   """An array that is made while it is written.
 
@@ -24,11 +26,13 @@ class StreamedArray:
     dtype: Of all parts.
     parts: Called once; yields each part with its index on the first axes. The
       indices are all of one length, and every part is given once.
+    checksum: Of what is written so far.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+  checksum: int = 0
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
@@ -73,6 +77,7 @@ async def _write(
     # Not awaited: after a Ctrl-C the event loop ends at once, and a write that
     # still goes on would complain of that. It may end between two parts.
     store[index].write(part).result()
+    value.checksum += sum_part(part, start_of(index, value.shape))
     await asyncio.sleep(0)
 
 
@@ -124,12 +129,22 @@ def write_checkpoint(
       ),
       checkpoint.CONFIG: ocp.JsonCheckpointHandler(checkpoint.CONFIG_FILE),
       checkpoint.TOKENIZER: checkpoint.FilesHandler(),
+      checkpoint.FINGERPRINTS: checkpoint.FilesHandler(),
     }
   )
   items = {
     checkpoint.STATE: ocp.args.PyTreeSave({checkpoint.MODEL: model}),
     checkpoint.CONFIG: ocp.args.JsonSave(config),
-    checkpoint.TOKENIZER: checkpoint.FilesSave(tokenizer),
+    checkpoint.TOKENIZER: checkpoint.FilesSave(lambda: tokenizer),
+    checkpoint.FINGERPRINTS: checkpoint.save_fingerprints(
+      lambda: {
+        checkpoint.CONFIG: hash_json(config),
+        'arrays': {
+          f'{checkpoint.MODEL}/{path}': array.checksum % 2**32
+          for path, array in arrays.items()
+        },
+      }
+    ),
   }
   try:
     target.parent.mkdir(parents=True, exist_ok=True)

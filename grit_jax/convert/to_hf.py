@@ -47,7 +47,7 @@ from grit_jax.data.tokenizer import (
   make_tokenizer,
 )
 from grit_jax.errors import UserError
-from grit_jax.files import new_folder, write_file, writing
+from grit_jax.files import new_folder, write_checksums, write_file, writing
 from grit_jax.initial import AdaptedModel
 
 DTYPES = {
@@ -61,6 +61,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 # Rows of a tensor that are cast and written at once, and columns of those that
 # are transposed at once: a tile that stays in the cache.
 STRETCH = 512
+CARD = 'README.md'
 TILE = 32
 
 
@@ -93,6 +94,7 @@ def to_hf(
   tokenizer = _read_tokenizer(checkpoint, config.model)
   if checkpoint.has_base():
     merged = AdaptedModel(checkpoint)
+    merged.verify()
     read, stored = partial(_read_merged, merged), merged.dtype
     # What is written has no adapters any more.
     values = values | {'lora': dataclasses.asdict(LoraConfig())}
@@ -101,12 +103,13 @@ def to_hf(
       partial(_read_stored, checkpoint),
       _check_arrays(checkpoint, config.model),
     )
+    checkpoint.verify()
   dtype = dtype or stored
   files = {
     **_describe_model(config, tokenizer, dtype),
     **_describe_tokenizer(config, tokenizer),
     RUN_FILE: values,
-    'README.md': write_card(config, tokenizer, dtype, folder.name),
+    CARD: write_card(config, tokenizer, dtype, folder.name),
   }
   with writing(folder), new_folder(folder) as partial_folder:
     _write_weights(read, config, DTYPES[dtype], max_shard_bytes, partial_folder)
@@ -114,6 +117,7 @@ def to_hf(
       path = partial_folder / name
       path.parent.mkdir(exist_ok=True)
       write_file(path, to_bytes(content))
+    write_checksums(partial_folder, but=CARD)
   logging.info(
     '%s is written, in %s. Its README.md says how to load it with '
     'transformers, sentence-transformers and others.',
@@ -180,11 +184,7 @@ def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
 
 
 def _read_stored(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
-  try:
-    array = checkpoint.open_array(f'{MODEL}/{tensor.path}')
-    return array[tensor.index].read().result()
-  except ValueError as error:
-    raise UserError(f'{tensor.path} cannot be read: {error}') from error
+  return checkpoint.read_array(f'{MODEL}/{tensor.path}', tensor.index)
 
 
 def _read_merged(merged: AdaptedModel, tensor: Tensor) -> np.ndarray:

@@ -57,6 +57,7 @@ def to_peft(
       'Export it with to_hf.'
     )
   adapted = AdaptedModel(checkpoint)
+  checkpoint.verify()
   targets = target_axes(adapted.model, adapted.config.lora)
   tensors = [
     tensor for tensor in keys.tensors(adapted.model) if tensor.path in targets

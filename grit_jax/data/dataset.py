@@ -20,6 +20,7 @@ from grit_jax.data.reports import Report
 from grit_jax.data.sources import Source
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.files import hash_json
 
 
 class EmptySplitError(RecordError):
@@ -33,6 +34,7 @@ class Dataset:
     name: The source's name.
     kind: `records.EMBEDDING` or `records.GENERATIVE`.
     report: What was read, cut, dropped and skipped.
+    fingerprint: What tells its content from other data sets'.
     record_ids: int64 [n], each record's number in the source.
     lengths: int32, numbers of tokens; see the subclasses.
   """
@@ -59,6 +61,8 @@ class Dataset:
         f'held-out fraction of {content["identity"]["held_out_fraction"]}; '
         f'dropped: {self.report.dropped or "none"}'
       )
+    identity = {**content['identity'], 'records': self.report.records}
+    self.fingerprint = hash_json(identity)
     self._folder, self._split = folder, split
     self.record_ids = self._open_index('record_ids')
     self.lengths = self._open_index('lengths')

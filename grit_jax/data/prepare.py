@@ -135,7 +135,7 @@ def prepare(config: Config, target: str) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(),
     lambda flags: prepare(make_config(flags), flags.target),
     stopped='stopped; the same command resumes after what is whole',

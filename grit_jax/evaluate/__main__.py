@@ -166,7 +166,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(),
     evaluate,
     stopped='stopped; the same command resumes with what is not done',

@@ -304,7 +304,7 @@ def answer(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(),
     answer,
     stopped='stopped; what is whole is kept',

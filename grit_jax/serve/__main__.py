@@ -172,6 +172,6 @@ def serve(flags: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(
+  cli.main(
     make_parser(), serve, less_memory='--max_batch and --max_input_tokens'
   )

@@ -329,7 +329,7 @@ def test_a_target_on_a_bucket_is_refused(tmp_path):
 def test_a_target_below_a_file_is_refused(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
   (tmp_path / 'file').touch()
-  with pytest.raises(UserError, match='file/out cannot be written'):
+  with pytest.raises(UserError, match='file/out: cannot write'):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'file' / 'out')
 
 
@@ -346,7 +346,9 @@ def test_damaged_weights_are_named(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
   for chunk in (tmp_path / 'run/state/model.blocks.mlp.up').glob('0.*'):
     chunk.write_bytes(b'not a chunk')
-  with pytest.raises(UserError, match='blocks/mlp/up cannot be read'):
+  with pytest.raises(
+    UserError, match='run: model/blocks/mlp/up cannot be read'
+  ):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}
 
@@ -411,7 +413,7 @@ def test_a_stopped_export_leaves_nothing_that_hinders_the_next(
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, write_run):
   write_run(tmp_path / 'run', CONFIG)
-  message = f'^{tmp_path}/out cannot be written: File too large'
+  message = f'^{tmp_path}/out: cannot write: File too large'
   with limit_file_sizes(100_000), pytest.raises(UserError, match=message):
     to_hf.to_hf(tmp_path / 'run', tmp_path / 'out')
   assert files_in(tmp_path) == {'run'}

@@ -104,6 +104,7 @@ def write_adapters(
         iter(grain.MapDataset.range(9).to_iter_dataset()),
         dataclasses.asdict(config),
         initial.tokenizer.files,
+        {},
         describe_base(initial),
       )
 
