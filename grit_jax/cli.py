@@ -22,13 +22,11 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import config_flags
 
+from grit_jax.config import MAX_NUMBER
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.logs import quiet_libraries
 
 _PREFIX = 'grit_jax: error:'
-
-# Of a flag that counts something: what 32 bits hold.
-MAX_NUMBER = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,15 +13,54 @@ import difflib
 import math
 import re
 import typing
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
 from grit_jax.errors import ConfigError
 
+# Of a number that 32 bits hold: of steps, tokens, devices.
+MAX_NUMBER = 2**31 - 1
+# Each of them is planned: eight bytes or more, on every host.
+MAX_STEPS = 10**8
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+  """What a number may be; with `open_`, the bounds themselves are excluded."""
+
+  least: float
+  most: float = MAX_NUMBER
+  open_: str = ''  # '', 'least', 'most' or both, joined by a blank
+
+  def has(self, value: float) -> bool:
+    """Whether a number is within the bounds; one that is not finite is not."""
+    above = value > self.least if 'least' in self.open_ else value >= self.least
+    below = value < self.most if 'most' in self.open_ else value <= self.most
+    return above and below
+
+  def __str__(self) -> str:
+    """Gives the interval as mathematicians write it."""
+    first = '(' if 'least' in self.open_ else '['
+    last = ')' if 'most' in self.open_ else ']'
+    return f'{first}{self.least:.10g}, {self.most:.10g}{last}'
+
+
+# Of fields. A `Count` that is 0 is a mistake, a `Size` that is 0 is off.
+Count = Annotated[int, Bounds(1)]
+Size = Annotated[int, Bounds(0)]
+Devices = Annotated[int, Bounds(-1)]
+Positive = Annotated[float, Bounds(0, 1e30, 'least')]
+Weight = Annotated[float, Bounds(0, 1e30)]
+Share = Annotated[float, Bounds(0, 1)]
+ShareBelowOne = Annotated[float, Bounds(0, 1, 'most')]
+
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
-ATTENTION_MODES = ('bbcc', 'cccc', 'bccc', 'cbcc', 'bbbc')
-POOLINGS = ('mean', 'weightedmean', 'cls', 'lasttoken')
+Attention = Literal['bbcc', 'cccc', 'bccc', 'cbcc', 'bbbc']
+Pooling = Literal['mean', 'weightedmean', 'cls', 'lasttoken']
+Dtype = Literal['float32', 'bfloat16']
+ATTENTION_MODES: tuple[str, ...] = typing.get_args(Attention)
+POOLINGS: tuple[str, ...] = typing.get_args(Pooling)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -29,17 +68,23 @@ def _check(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-  _check(
-    value in choices,
-    f'{key}={value!r} is not one of {", ".join(choices)}.',
-  )
+def check_fields(config: Any, group: str = '') -> None:
+  """Checks the fields of a group by their types, not those of its groups.
 
-
-def _check_positive(group: str, config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _check(value > 0, f'{group}.{name}={value} must be greater than 0.')
+  Raises:
+    ConfigError: a value is out of bounds or no choice; the message names it.
+  """
+  types = typing.get_type_hints(type(config), include_extras=True)
+  for name, kind in types.items():
+    value, key = getattr(config, name), group + name
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+      _check(
+        value in choices, f'{key}={value!r} is not one of {", ".join(choices)}.'
+      )
+    elif typing.get_origin(kind) is Annotated:
+      bounds = choices[1]
+      _check(bounds.has(value), f'{key}={value!r} is not in {bounds}.')
 
 
 def parse_numbers(key: str, text: str) -> dict[str, float]:
@@ -77,20 +122,16 @@ class RotaryScalingConfig:
   # that turn less than `low_frequency_factor` times in `original_positions`
   # are, those that turn more than `high_frequency_factor` times are not, and
   # those between are blended (Llama 3.1, arXiv 2407.21783).
-  kind: str = 'none'
-  factor: float = 1.0
-  low_frequency_factor: float = 1.0
-  high_frequency_factor: float = 4.0
-  original_positions: int = 8192
+  kind: Literal['none', 'linear', 'llama3'] = 'none'
+  factor: Annotated[float, Bounds(1)] = 1.0
+  low_frequency_factor: Positive = 1.0
+  high_frequency_factor: Positive = 4.0
+  original_positions: Count = 8192
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
     group = 'model.rotary_scaling'
-    _check_choice(f'{group}.kind', self.kind, ('none', 'linear', 'llama3'))
-    _check(
-      self.factor >= 1, f'{group}.factor={self.factor} must be 1 or greater.'
-    )
-    _check_positive(group, self, 'low_frequency_factor', 'original_positions')
+    check_fields(self, f'{group}.')
     _check(
       self.high_frequency_factor > self.low_frequency_factor,
       f'{group}.high_frequency_factor={self.high_frequency_factor} must be '
@@ -104,64 +145,51 @@ class ModelConfig:
 
   # mistral or llama: the name that exports bear. The decoder is the same, but
   # rotary scaling is Llama's alone, and experts and a window are Mistral's.
-  family: str = 'mistral'
+  family: Literal['mistral', 'llama'] = 'mistral'
 
   # Token ids; 0: the tokenizer's.
-  vocab_size: int = 32000
+  vocab_size: Size = 32000
   # 0: this and all the fields of `ARCHITECTURE` are those of `init_from`.
-  embed_dim: int = 4096
-  num_layers: int = 32
-  num_heads: int = 32
-  num_kv_heads: int = 8
-  head_dim: int = 128
-  mlp_dim: int = 14336
+  embed_dim: Size = 4096
+  num_layers: Count = 32
+  num_heads: Count = 32
+  num_kv_heads: Count = 8
+  head_dim: Count = 128
+  mlp_dim: Count = 14336
   # Mixtral's experts a layer, each an MLP of `mlp_dim`; 0: one MLP for all.
-  num_experts: int = 0
-  experts_per_token: int = 2
-  rope_theta: float = 10000.0
+  num_experts: Size = 0
+  experts_per_token: Count = 2
+  rope_theta: Positive = 10000.0
   rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
   # Positions that a text can have; exports state it.
-  max_positions: int = 32768
-  norm_epsilon: float = 1e-5
+  max_positions: Count = 32768
+  norm_epsilon: Positive = 1e-5
   # A token sees the tokens less than this far away; 0: the whole segment. The
   # reference trains Mistral without its window, and so do the recipes.
-  sliding_window: int = 0
+  sliding_window: Size = 0
   tie_embeddings: bool = False
   # The reference's letters, b(idirectional) or c(ausal), for embedding
   # instruction, embedding text, generative instruction, generative text.
-  attention: str = 'bbcc'
-  pooling: str = 'mean'
+  attention: Attention = 'bbcc'
+  pooling: Pooling = 'mean'
   # Width of a linear map from the pooled state to the embedding; 0: none.
-  projection_dim: int = 0
+  projection_dim: Size = 0
   # Dtype of weights as stored, and of activations and gathered weights.
-  param_dtype: str = 'float32'
-  dtype: str = 'bfloat16'
+  param_dtype: Dtype = 'float32'
+  dtype: Dtype = 'bfloat16'
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    self._validate_architecture()
-    if len(self.attention) == 4 and self.attention[3] == 'b':
-      raise ConfigError(
-        f'model.attention={self.attention!r}: the fourth letter is the '
-        'generative text; bidirectional attention there would let the loss '
-        'see the answer.'
-      )
-    _check_choice('model.attention', self.attention, ATTENTION_MODES)
-    _check_choice('model.pooling', self.pooling, POOLINGS)
     _check(
-      self.projection_dim >= 0,
-      f'model.projection_dim={self.projection_dim} is negative; 0 is off.',
+      self.attention[3:] != 'b',
+      f'model.attention={self.attention!r}: the fourth letter is the '
+      'generative text; bidirectional attention there would let the loss see '
+      'the answer.',
     )
-    _check_choice('model.dtype', self.dtype, ('float32', 'bfloat16'))
-    _check_choice(
-      'model.param_dtype', self.param_dtype, ('float32', 'bfloat16')
-    )
+    check_fields(self, 'model.')
+    self._validate_architecture()
 
   def _validate_architecture(self) -> None:
-    _check(
-      self.vocab_size >= 0,
-      f"model.vocab_size={self.vocab_size} is negative; 0 is the tokenizer's.",
-    )
     if not self.embed_dim:
       for name in ARCHITECTURE:
         value, default = getattr(self, name), getattr(ModelConfig, name)
@@ -171,13 +199,7 @@ class ModelConfig:
           'init_from. Set all of the architecture, or nothing of it.',
         )
       return
-    _check_positive(
-      'model', self, 'embed_dim', 'num_layers', 'num_heads',
-      'num_kv_heads', 'head_dim', 'mlp_dim', 'rope_theta', 'max_positions',
-      'norm_epsilon',
-    )  # fmt: skip
     self.rotary_scaling.validate()
-    _check_choice('model.family', self.family, ('mistral', 'llama'))
     scaling = self.rotary_scaling.kind
     for key, value, family in (
       ('rotary_scaling.kind', scaling if scaling != 'none' else '', 'llama'),
@@ -189,11 +211,7 @@ class ModelConfig:
         f'model.{key}={value!r} needs model.family={family!r}.',
       )
     _check(
-      self.num_experts >= 0,
-      f'model.num_experts={self.num_experts} is negative; 0 is off.',
-    )
-    _check(
-      0 < self.experts_per_token <= (self.num_experts or 2),
+      self.experts_per_token <= (self.num_experts or 2),
       f'model.experts_per_token={self.experts_per_token} is not in 1 to '
       f'model.num_experts={self.num_experts}.',
     )
@@ -206,10 +224,6 @@ class ModelConfig:
       self.head_dim % 2 == 0,
       f'model.head_dim={self.head_dim} must be even: rotary positions turn '
       'pairs of features.',
-    )
-    _check(
-      self.sliding_window >= 0,
-      f'model.sliding_window={self.sliding_window} is negative; 0 is off.',
     )
 
 
@@ -229,21 +243,21 @@ class ObjectiveConfig:
   A model with experts adds the terms of its router.
   """
 
-  mode: str = 'unified'  # unified, embedding, generative
-  embedding_weight: float = 1.0
-  generative_weight: float = 1.0
-  temperature: float = 0.02
+  mode: Literal['unified', 'embedding', 'generative'] = 'unified'
+  embedding_weight: Weight = 1.0
+  generative_weight: Weight = 1.0
+  temperature: Positive = 0.02
   # token: mean over all tokens. sample: mean over conversations of the mean
   # over their tokens. mixed: mean over groups of the mean over their tokens.
-  generative_reduction: str = 'mixed'
+  generative_reduction: Literal['token', 'sample', 'mixed'] = 'mixed'
   # Groups of conversations for `mixed` (the recipe's 256 conversations in 8).
-  mixed_groups: int = 8
+  mixed_groups: Count = 8
   # Of a model with experts: weights of the load-balancing loss on the rows of
   # either stream (the reference has it on generative ones, with Mixtral's
   # 0.02), and of the router's z-loss on all.
-  generative_router_weight: float = 0.02
-  embedding_router_weight: float = 0.0
-  router_z_weight: float = 0.0
+  generative_router_weight: Weight = 0.02
+  embedding_router_weight: Weight = 0.0
+  router_z_weight: Weight = 0.0
 
   @property
   def has_embedding(self) -> bool:
@@ -257,26 +271,7 @@ class ObjectiveConfig:
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_choice(
-      'objective.mode', self.mode, ('unified', 'embedding', 'generative')
-    )
-    _check_choice(
-      'objective.generative_reduction',
-      self.generative_reduction,
-      ('token', 'sample', 'mixed'),
-    )
-    _check_positive('objective', self, 'temperature', 'mixed_groups')
-    for name in (
-      'embedding_weight',
-      'generative_weight',
-      'generative_router_weight',
-      'embedding_router_weight',
-      'router_z_weight',
-    ):
-      _check(
-        getattr(self, name) >= 0,
-        f'objective.{name}={getattr(self, name)} is negative.',
-      )
+    check_fields(self, 'objective.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,58 +285,53 @@ class DataConfig:
   # is skipped and counted, up to a share of its data set's records. At fault
   # is what is malformed, has fewer negatives than `num_passages` needs, an
   # instruction that leaves no room for its text, or the id of another record.
-  on_error: str = 'stop'  # stop, skip
-  max_skipped_fraction: float = 0.01
+  on_error: Literal['stop', 'skip'] = 'stop'
+  max_skipped_fraction: Share = 0.01
   # A sentencepiece model, or a folder with one or with a tokenizer.json; empty:
   # that of `init_from`; without it, that of the data if it is prepared, or one
   # of `tokenizer_pieces` that is trained on the data and kept in the workdir.
   tokenizer: str = ''
-  tokenizer_pieces: int = 8192
+  tokenizer_pieces: Count = 8192
   # Where tokenized data sets are kept, on a disk; empty: `data` in the workdir,
   # which is then not on gs://.
   cache_dir: str = ''
   # A run that goes on refuses data that is not what it began with; True: it
   # goes on from the same step, with batches planned from the data as it is now.
   allow_changed: bool = False
-  embedding_batch: int = 2048  # pairs a step
-  generative_batch: int = 256  # conversations a step
+  embedding_batch: Count = 2048  # pairs a step
+  generative_batch: Count = 256  # conversations a step
   # Batches of pairs. leftovers: of one data set; what is left of each after
   # whole batches makes batches of several. none: of one data set; what is left
   # sits the epoch out. all: of all data sets. Conversations always mix.
-  mixing: str = 'leftovers'
+  mixing: Literal['leftovers', 'none', 'all'] = 'leftovers'
   # A number a data set, by its name (a file's, without .jsonl): `a=2,b=0.5`.
   # An epoch takes weight times its records, 1 where none is given: with 2 each
   # twice, with 0.5 a half, and the next epoch the other half; 0 leaves it out.
   weights: str = ''
   # In the same form: the records that an epoch takes at most.
   caps: str = ''
-  num_passages: int = 2  # a query: one positive, the others hard negatives
+  num_passages: Count = 2  # a query: one positive, the others hard negatives
   # sampled: anew whenever a record comes. fixed: the first ones of the record.
   # The positive is one of the record's at random in both.
-  hard_negatives: str = 'sampled'
+  hard_negatives: Literal['sampled', 'fixed'] = 'sampled'
   # What a query's positive is compared with. all: every passage of the batch.
   # hard: the query's own hard negatives. in_batch: the positives of the other
   # queries, without hard negatives (num_passages=1). Known positives of the
   # query, told by their text, are no negatives in any.
-  negatives: str = 'all'
-  max_query_tokens: int = 256
-  max_passage_tokens: int = 2048
-  max_generative_tokens: int = 2048
-  row_length: int = 2048  # tokens a packed row
-  max_segments: int = 128  # texts a packed row, at most
+  negatives: Literal['all', 'hard', 'in_batch'] = 'all'
+  max_query_tokens: Count = 256
+  max_passage_tokens: Count = 2048
+  max_generative_tokens: Count = 2048
+  row_length: Count = 2048  # tokens a packed row
+  max_segments: Count = 128  # texts a packed row, at most
   # Shapes that a run's steps are padded to, each compiled once. Not used with
   # `memory.chunk_rows`, where one shape fits every step.
-  row_buckets: int = 4
+  row_buckets: Count = 4
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
     _check(bool(self.paths), 'data.paths is empty: name at least one file.')
-    _check_positive(
-      'data', self, 'embedding_batch', 'generative_batch', 'num_passages',
-      'max_query_tokens', 'max_passage_tokens', 'max_generative_tokens',
-      'row_length', 'max_segments', 'row_buckets', 'tokenizer_pieces',
-    )  # fmt: skip
-    self._validate_choices()
+    check_fields(self, 'data.')
     for name in (
       'max_query_tokens',
       'max_passage_tokens',
@@ -352,19 +342,6 @@ class DataConfig:
         f'data.{name}={getattr(self, name)} does not fit a row of '
         f'data.row_length={self.row_length} tokens.',
       )
-    _check_choice('data.on_error', self.on_error, ('stop', 'skip'))
-    _check(
-      0 <= self.max_skipped_fraction <= 1,
-      f'data.max_skipped_fraction={self.max_skipped_fraction} is not in '
-      '[0, 1].',
-    )
-
-  def _validate_choices(self) -> None:
-    _check_choice('data.mixing', self.mixing, ('leftovers', 'none', 'all'))
-    _check_choice(
-      'data.hard_negatives', self.hard_negatives, ('sampled', 'fixed')
-    )
-    _check_choice('data.negatives', self.negatives, ('all', 'hard', 'in_batch'))
     _check(
       self.negatives != 'hard' or self.num_passages > 1,
       "data.negatives='hard' compares a query with its own hard negatives, but "
@@ -395,43 +372,22 @@ class DataConfig:
 class OptimizerConfig:
   """AdamW and its schedule, both from optax."""
 
-  learning_rate: float = 2e-5
-  schedule: str = 'linear'  # linear (to 0), cosine (to 0), constant
-  warmup_fraction: float = 0.03  # of the steps
-  beta1: float = 0.9
-  beta2: float = 0.999
-  epsilon: float = 1e-8
-  weight_decay: float = 0.0  # on matrices alone, not on norm scales
-  clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+  learning_rate: Positive = 2e-5
+  # The first two go to 0.
+  schedule: Literal['linear', 'cosine', 'constant'] = 'linear'
+  warmup_fraction: ShareBelowOne = 0.03  # of the steps
+  beta1: ShareBelowOne = 0.9
+  beta2: ShareBelowOne = 0.999
+  epsilon: Positive = 1e-8
+  weight_decay: Weight = 0.0  # on matrices alone, not on norm scales
+  clip_norm: Weight = 1.0  # global gradient norm; 0: no clipping
   # The second moment stays in float32: at beta2=0.999 an update is smaller
   # than half a bfloat16 step of it, so it would never change.
-  first_moment_dtype: str = 'float32'
+  first_moment_dtype: Dtype = 'float32'
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_positive('optimizer', self, 'learning_rate', 'epsilon')
-    _check_choice(
-      'optimizer.schedule', self.schedule, ('linear', 'cosine', 'constant')
-    )
-    _check_choice(
-      'optimizer.first_moment_dtype',
-      self.first_moment_dtype,
-      ('float32', 'bfloat16'),
-    )
-    _check(
-      0 <= self.warmup_fraction < 1,
-      f'optimizer.warmup_fraction={self.warmup_fraction} is not in [0, 1).',
-    )
-    for name in ('beta1', 'beta2'):
-      _check(
-        0 <= getattr(self, name) < 1,
-        f'optimizer.{name}={getattr(self, name)} is not in [0, 1).',
-      )
-    for name in ('weight_decay', 'clip_norm'):
-      _check(
-        getattr(self, name) >= 0,
-        f'optimizer.{name}={getattr(self, name)} is negative; 0 is off.',
-      )
+    check_fields(self, 'optimizer.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,16 +398,16 @@ class LoraConfig:
   adapters alone, and the base's path.
   """
 
-  rank: int = 0  # 0: no adapters, all weights are trained
-  alpha: float = 32.0  # what an adapter adds is times alpha / rank
+  rank: Size = 0  # 0: no adapters, all weights are trained
+  alpha: Positive = 32.0  # what an adapter adds is times alpha / rank
   # The share of an adapter's inputs that is dropped; not of experts' adapters.
-  dropout: float = 0.0
+  dropout: ShareBelowOne = 0.0
   # Comma-separated; in a model with experts the last three are theirs.
   targets: str = 'q,k,v,o,gate,up,down'
   # How the base is kept. bfloat16 and float32 are for all of it. int8 and nf4
   # are for the projections of the layers, and the rest is in bfloat16: see
   # `grit_jax/models/quantization.py`.
-  base: str = 'bfloat16'
+  base: Literal['float32', 'bfloat16', 'int8', 'nf4'] = 'bfloat16'
 
   @property
   def target_names(self) -> tuple[str, ...]:
@@ -465,20 +421,16 @@ class LoraConfig:
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check(self.rank >= 0, f'lora.rank={self.rank} is negative; 0 is off.')
-    _check_positive('lora', self, 'alpha')
-    _check(
-      0 <= self.dropout < 1, f'lora.dropout={self.dropout} is not in [0, 1).'
-    )
+    check_fields(self, 'lora.')
     names = self.target_names
     for name in names:
-      _check_choice('lora.targets', name, PROJECTIONS)
+      _check(
+        name in PROJECTIONS,
+        f'lora.targets={name!r} is not one of {", ".join(PROJECTIONS)}.',
+      )
     _check(
       len(set(names)) == len(names),
       f'lora.targets={self.targets!r} names a projection twice.',
-    )
-    _check_choice(
-      'lora.base', self.base, ('float32', 'bfloat16', 'int8', 'nf4')
     )
 
 
@@ -489,17 +441,20 @@ class MeshConfig:
   On several TPU slices these are the devices of one, and each has a copy.
   """
 
-  data: int = 1  # copies of the weights, outermost
-  fsdp: int = -1  # weights and optimizer state are split over it
-  tensor: int = 1  # heads, feed-forward and vocabulary are split over it
-  expert: int = 1  # as `fsdp`, but experts stay apart, and tokens go to them
+  data: Devices = 1  # copies of the weights, outermost
+  fsdp: Devices = -1  # weights and optimizer state are split over it
+  tensor: Devices = 1  # heads, feed-forward and vocabulary are split over it
+  expert: Devices = (
+    1  # as `fsdp`, but experts stay apart, and tokens go to them
+  )
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
+    check_fields(self, 'mesh.')
     sizes = dataclasses.asdict(self)
     for name, size in sizes.items():
       _check(
-        size > 0 or size == -1,
+        size != 0,
         f'mesh.{name}={size} must be a number of devices, or -1 for the rest.',
       )
     _check(
@@ -516,30 +471,26 @@ class MemoryConfig:
   # What a layer keeps for its gradient. none: what its products and its
   # attention computed; the rest costs less to compute again than to keep. full:
   # its input. offload: the inputs of its two parts, in the host's memory.
-  remat: str = 'full'
+  remat: Literal['none', 'full', 'offload'] = 'full'
   # Rows a chunk for gradient caching (Gao et al. 2021, arXiv 2101.06983); 0:
   # the whole batch in one pass.
-  chunk_rows: int = 0
+  chunk_rows: Size = 0
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_choice('memory.remat', self.remat, ('none', 'full', 'offload'))
-    _check(
-      self.chunk_rows >= 0,
-      f'memory.chunk_rows={self.chunk_rows} is negative; 0 is off.',
-    )
+    check_fields(self, 'memory.')
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When the state is written, and how many checkpoints are kept."""
 
-  every_steps: int = 100
-  keep: int = 3
+  every_steps: Count = 100
+  keep: Count = 3
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_positive('checkpoint', self, 'every_steps', 'keep')
+    check_fields(self, 'checkpoint.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -550,38 +501,22 @@ class EvaluationConfig:
   # Steps from one evaluation to the next, whose figures are then among the
   # metrics, with those of the first and the last step; 0: only before and after
   # training.
-  every_steps: int = 0
+  every_steps: Size = 0
   # The share of a .jsonl file's records that is held out of training. A TFDS
   # data set holds out its `test` split instead.
-  held_out_fraction: float = 0.05
-  max_queries: int = 1000  # held-out pairs evaluated, and candidates searched
-  max_conversations: int = 500
-  rows: int = 16  # packed rows in one call
-  generated_tokens: int = 40  # of the example answer
+  held_out_fraction: ShareBelowOne = 0.05
+  max_queries: Count = 1000  # held-out pairs evaluated, and candidates searched
+  max_conversations: Count = 500
+  rows: Count = 16  # packed rows in one call
+  generated_tokens: Count = 40  # of the example answer
 
   def validate(self) -> None:
     """Raises ConfigError naming the first field that cannot be."""
-    _check_positive(
-      'evaluation',
-      self,
-      'max_queries',
-      'max_conversations',
-      'rows',
-      'generated_tokens',
-    )
-    _check(
-      self.every_steps >= 0,
-      f'evaluation.every_steps={self.every_steps} is negative; 0 is off.',
-    )
+    check_fields(self, 'evaluation.')
     _check(
       self.enabled or not self.every_steps,
       f'evaluation.every_steps={self.every_steps}, but evaluation.enabled is '
       'False.',
-    )
-    _check(
-      0 <= self.held_out_fraction < 1,
-      f'evaluation.held_out_fraction={self.held_out_fraction} is not in '
-      '[0, 1).',
     )
 
 
@@ -638,32 +573,22 @@ class Config:
   # What computes attention; the loss and its gradient stay the same. splash: a
   # flash kernel for TPUs. xla: blocks of plain operations, on any device. auto:
   # splash on TPUs, xla elsewhere.
-  attention_kernel: str = 'auto'
-  seed: int = 0
-  steps: int = 1253
-  log_every: int = 10
+  attention_kernel: Literal['auto', 'splash', 'xla'] = 'auto'
+  # JAX keeps 32 bits of it.
+  seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+  steps: Annotated[int, Bounds(1, MAX_STEPS)] = 1253
+  log_every: Count = 10
 
   def validate(self) -> None:
     """Raises ConfigError naming the first key that cannot be."""
     for field in dataclasses.fields(self):
       if dataclasses.is_dataclass(field.type):
         getattr(self, field.name).validate()
-    _check_choice(
-      'attention_kernel', self.attention_kernel, ('auto', 'splash', 'xla')
-    )
-    _check(self.steps > 0, f'steps={self.steps} must be greater than 0.')
-    _check(
-      self.log_every > 0, f'log_every={self.log_every} must be greater than 0.'
-    )
+    check_fields(self)
     traced = self.profile.step_range()
     _check(
       not traced or traced[-1] <= self.steps,
       f'profile.steps={self.profile.steps!r} goes beyond steps={self.steps}.',
-    )
-    # JAX keeps 32 bits of it.
-    _check(
-      0 <= self.seed < 2**32,
-      f'seed={self.seed} is not a number from 0 to {2**32 - 1}.',
     )
     _check(
       not (self.lora.rank and self.lora.dropout and self.model.num_experts)
@@ -739,7 +664,7 @@ def from_dict(values: dict[str, Any]) -> Config:
   return config
 
 
-def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+def _build(kind: Any, values: dict[str, Any], prefix: str) -> Any:
   types = typing.get_type_hints(kind)
   arguments = {}
   for name, value in values.items():
@@ -748,7 +673,9 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
       close = difflib.get_close_matches(name, types, n=1)
       hint = f' Did you mean {prefix}{close[0]}?' if close else ''
       raise ConfigError(f'{key} is not a configuration key.{hint}')
-    expected: type = types[name]
+    expected: Any = types[name]
+    if typing.get_origin(expected) is Literal:
+      expected = str
     if dataclasses.is_dataclass(expected):
       _check(
         isinstance(value, dict), f'{key} is a group of keys, not {value!r}.'

@@ -7,6 +7,7 @@ again with the same command, a run goes on where it stopped.
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from grit_jax.data.preparation import (
 )
 from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
-from grit_jax.errors import ConfigError
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.evaluate.held_out import HeldOutEvaluation
 from grit_jax.files import write_json
 from grit_jax.initial import (
@@ -142,6 +143,7 @@ def _prepare(
   if initial is not None:
     config = take_architecture(config, initial)
   sharding.validate(config, mesh)
+  check_fits(config, mesh)
   # Before they wait for each other in the middle of something.
   processes.check_equal('the configuration', repr(config))
   platform = mesh.devices.flat[0].platform
@@ -267,6 +269,41 @@ def _run(
   if evaluation is None:
     return {}
   return _evaluate_after(workdir, evaluation, join_trained(state.model, frozen))
+
+
+def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Checks that a run's state fits its devices, before anything is there.
+
+  Activations come on top of it: what passes may still be too large.
+
+  Raises:
+    UserError: it is larger than their memory.
+  """
+  stored = {'float32': 4.0, 'bfloat16': 2.0, 'int8': 1.0, 'nf4': 0.5}
+  if config.lora.rank:
+    # The adapters and their moments are small beside what they adapt.
+    weight_bytes = stored[config.lora.base]
+  else:
+    weight_bytes = (
+      stored[config.model.param_dtype]
+      + stored[config.optimizer.first_moment_dtype]
+      + stored['float32']
+    )
+  # Each index of `data` has a copy.
+  shards = mesh.size // mesh.shape['data']
+  needed = count_parameters(config.model) * weight_bytes / shards
+  device = mesh.local_devices[0]
+  memory = (device.memory_stats() or {}).get('bytes_limit')
+  if memory is None:  # A CPU, which shares the machine's.
+    machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    memory = machine / len(mesh.local_devices)
+  if needed > memory:
+    raise UserError(
+      f'{count_parameters(config.model):,} weights and their optimizer state '
+      f'take {needed / 2**30:,.1f} GiB a device, of {memory / 2**30:,.1f} GiB '
+      f'({device.device_kind}). Take a smaller model, or more devices in '
+      'mesh.fsdp, mesh.expert or mesh.tensor.'
+    )
 
 
 def _open_initial(

@@ -309,6 +309,8 @@ def test_instruction_longer_than_its_limit_names_file_and_line(
     ('data', {'paths': 'nowhere'}, FileNotFoundError, 'nowhere'),
     ('data', {'tokenizer': 'nowhere.model'}, FileNotFoundError, 'nowhere'),
     ('model', {'vocab_size': 20}, ConfigError, 'model.vocab_size=20'),
+    ('model', {'vocab_size': 10**9}, UserError, '96,000,.* GiB a device, of'),
+    ('model', {'num_layers': 10**9}, UserError, ' weights .* GiB a device, of'),
   ],
 )
 def test_what_does_not_fit_is_named_before_training(

@@ -21,6 +21,7 @@ from grit_jax import config as configuration
 from grit_jax.config import (
   ARCHITECTURE,
   Config,
+  Dtype,
   ModelConfig,
   RotaryScalingConfig,
 )
@@ -330,10 +331,14 @@ def _check_names(
   )
 
 
-def _common_dtype(folder: pathlib.Path, stored: dict[str, StoredTensor]) -> str:
+def _common_dtype(
+  folder: pathlib.Path, stored: dict[str, StoredTensor]
+) -> Dtype:
   counts = Counter(tensor.dtype for tensor in stored.values())
-  if len(counts) == 1 and 'float16' not in counts:
-    return next(iter(counts))
+  if {*counts} == {'bfloat16'}:
+    return 'bfloat16'
+  if {*counts} == {'float32'}:
+    return 'float32'
   logging.info(
     '%s: the tensors are %s; all become float32, which holds each value.',
     folder,

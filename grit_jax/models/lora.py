@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grit_jax.config import Config, LoraConfig, ModelConfig
+from grit_jax.config import Config, Dtype, LoraConfig, ModelConfig
 from grit_jax.models.projections import (
   AXES,
   axis_sizes,
@@ -189,7 +189,7 @@ def adapter_shapes(
 
 def base_model(config: Config) -> ModelConfig:
   """Returns the model as the base of adapters has it: its dtype as stored."""
-  dtype = 'float32' if config.lora.base == 'float32' else 'bfloat16'
+  dtype: Dtype = 'float32' if config.lora.base == 'float32' else 'bfloat16'
   return dataclasses.replace(config.model, param_dtype=dtype)
 
 
