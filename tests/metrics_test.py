@@ -3,11 +3,15 @@
 import json
 import math
 import pathlib
+import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import (
+  EventAccumulator,
+)
 from tensorboardX.event_file_writer import EventFileWriter
 from tensorboardX.proto import event_pb2
 
@@ -168,6 +172,21 @@ def test_tensorboard_gets_the_scalars_and_a_resumed_run_purges(
   assert scalars == expected
   train(tmp_path, 2, 4)
   assert purged == [0, 3]
+
+
+def test_tensorboard_reads_every_step_once_whatever_the_clock_says(
+  tmp_path, monkeypatch
+):
+  day = 24 * 60 * 60
+  for start, stop, moved in (0, 6, 0), (4, 10, -day), (8, 12, -400 * day):
+    with monkeypatch.context() as clock:
+      now = time.time() + moved
+      clock.setattr(time, 'time', lambda now=now: now)
+      train(tmp_path, start, stop)
+  events = EventAccumulator(str(tmp_path / 'tensorboard'))
+  events.Reload()
+  steps = [event.step for event in events.Scalars('loss')]
+  assert steps == [2, 4, 6, 8, 10, 12]
 
 
 def test_the_bar_shows_steps_losses_speed_and_time_left(tmp_path, capsys):
