@@ -9,20 +9,22 @@ package and keeps its traceback.
 
 import argparse
 import difflib
+import math
 import os
 import runpy
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import ml_collections
 from absl import flags as absl_flags
 from absl import logging
 from ml_collections import config_flags
 
-from grit_jax.config import MAX_NUMBER
+from grit_jax.config import Bounds, Count
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.logs import quiet_libraries
 
@@ -137,21 +139,31 @@ def _show_unraisable(what: Any) -> None:
     sys.__unraisablehook__(what)
 
 
-def parse_positive(text: str) -> int:
-  """Returns a number from 1 to `MAX_NUMBER`."""
-  number = int(text) if text.isdecimal() else 0
-  if not 1 <= number <= MAX_NUMBER:
-    raise argparse.ArgumentTypeError(
-      f'{text!r} is not a number from 1 to {MAX_NUMBER}'
-    )
-  return number
+def number(kind: Any) -> Callable[[str], float]:
+  """Returns what parses a flag as a field of the configuration is bounded.
+
+  Args:
+    kind: `config.Count` or another of its bounded numbers.
+  """
+  of, bounds = typing.get_args(kind)
+
+  def parse(text: str) -> float:
+    try:
+      value = of(text)
+    except ValueError:
+      value = math.nan
+    if not bounds.has(value):
+      what = 'a whole number' if of is int else 'a number'
+      raise argparse.ArgumentTypeError(f'{text!r} is not {what} in {bounds}')
+    return value
+
+  # For who asks a parser for the range of a flag.
+  parse.bounds = bounds  # type: ignore[attr-defined]
+  return parse
 
 
-def parse_port(text: str) -> int:
-  """Returns the number of a port, 0 to 65535."""
-  if not text.isdecimal() or int(text) > 65535:
-    raise argparse.ArgumentTypeError(f'{text!r} is not a port, 0 to 65535')
-  return int(text)
+parse_positive = number(Count)
+parse_port = number(Annotated[int, Bounds(0, 65535)])
 
 
 def split_names(text: str) -> list[str]:

@@ -53,6 +53,8 @@ Devices = Annotated[int, Bounds(-1)]
 Positive = Annotated[float, Bounds(0, 1e30, 'least')]
 Weight = Annotated[float, Bounds(0, 1e30)]
 Share = Annotated[float, Bounds(0, 1)]
+# JAX keeps 32 bits of it.
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 ShareBelowOne = Annotated[float, Bounds(0, 1, 'most')]
 
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
@@ -574,8 +576,7 @@ class Config:
   # flash kernel for TPUs. xla: blocks of plain operations, on any device. auto:
   # splash on TPUs, xla elsewhere.
   attention_kernel: Literal['auto', 'splash', 'xla'] = 'auto'
-  # JAX keeps 32 bits of it.
-  seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+  seed: Seed = 0
   steps: Annotated[int, Bounds(1, MAX_STEPS)] = 1253
   log_every: Count = 10
 

@@ -115,6 +115,20 @@ def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
   sync_folder(target.parent)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+  """Checks, before any work, that a local file can be written or replaced.
+
+  Raises:
+    UserError: its folder is missing or may not be written, or it is a folder.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir() or not path.parent.is_dir():
+    what = 'it is a folder' if path.is_dir() else f'{path.parent} is no folder'
+    raise UserError(f'{path}: cannot write: {what}.')
+  if not os.access(path.parent, os.W_OK):
+    raise UserError(f'{path}: cannot write into {path.parent}.')
+
+
 def sync(file: IO) -> None:
   """Waits until what was written into a file is on the disk."""
   file.flush()

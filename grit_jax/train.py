@@ -84,12 +84,17 @@ def make_parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--coordinator_address',
+    type=cli.parse_given,
     help='HOST:PORT of process 0 of several. This and the next two are found '
     'by themselves on TPU VMs, on GKE and under Slurm.',
   )
-  parser.add_argument('--num_processes', type=int, help='processes of the run')
   parser.add_argument(
-    '--process_id', type=int, help='number of this process, from 0'
+    '--num_processes', type=cli.parse_positive, help='processes of the run'
+  )
+  parser.add_argument(
+    '--process_id',
+    type=cli.number(configuration.Size),
+    help='number of this process, from 0',
   )
   return parser
 

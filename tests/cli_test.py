@@ -105,11 +105,11 @@ def test_a_fault_of_ours_keeps_its_traceback(capsys, error: Exception):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['--number=0'], "'0' is not a number from 1 to 2147483647"),
-    (['--number=1e3'], "'1e3' is not a number from 1 to"),
-    (['--number=2147483648'], "'2147483648' is not a number from 1 to"),
-    (['--port=65536'], "'65536' is not a port, 0 to 65535"),
-    (['--port=-1'], "'-1' is not a port"),
+    (['--number=0'], "'0' is not a whole number in [1, 2147483647]"),
+    (['--number=1e3'], "'1e3' is not a whole number in [1,"),
+    (['--number=2147483648'], "'2147483648' is not a whole number in [1,"),
+    (['--port=65536'], "'65536' is not a whole number in [0, 65535]"),
+    (['--port=-1'], "'-1' is not a whole number in [0, 65535]"),
     (['--folder='], 'argument --folder: it is empty'),
     (['--folder', ' '], 'argument --folder: it is empty'),
     (['--numb=1'], 'unrecognized arguments: --numb=1'),
@@ -234,3 +234,19 @@ def test_a_command_ends_so_in_a_process_of_its_own(tmp_path: pathlib.Path):
   [line] = done.stderr.splitlines()
   assert line.startswith('grit_jax: error: --config.lora.rnak: there is no')
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_figures_of_aot_have_a_place_before_minutes_are_spent(
+  capsys, tmp_path
+):
+  from grit_jax.aot import __main__ as aot
+
+  with pytest.raises(SystemExit) as end:
+    cli.run(
+      aot.make_parser(),
+      aot.compile_ahead,
+      [f'--config={QUICKSTART}', '--topology=v5e:2x4', f'--output={tmp_path}'],
+      config=True,
+    )
+  assert end.value.code == 1
+  assert f'{tmp_path}: cannot write: it is a folder.' in capsys.readouterr().err

@@ -91,3 +91,17 @@ def test_a_folder_that_is_not_finished_is_not_there(tmp_path):
     (folder / 'a').write_text('a')
     assert not target.exists()
   assert (target / 'a').read_text() == 'a'
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path):
+  (tmp_path / 'file').touch()
+  files.check_writable(tmp_path / 'file')
+  files.check_writable(tmp_path / 'new')
+  for path, message in (
+    (tmp_path, 'it is a folder'),
+    (tmp_path / 'none/new', 'none is no folder'),
+    (tmp_path / 'file/new', 'file is no folder'),
+  ):
+    with pytest.raises(UserError, match=f'{path}: cannot write: .*{message}'):
+      files.check_writable(path)
+  assert os.listdir(tmp_path) == ['file']

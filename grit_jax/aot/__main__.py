@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 
@@ -15,6 +14,7 @@ from grit_jax.aot.sweep import sweep
 from grit_jax.aot.topologies import count_devices, find_chip
 from grit_jax.config import Config
 from grit_jax.errors import ConfigError
+from grit_jax.files import check_writable, write_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     prog='python -m grit_jax.aot',
     description="Compiles a --config's step for TPUs that are not there.",
   )
-  parser.add_argument('--topology', required=True, help='such as v5e:8x8')
+  parser.add_argument(
+    '--topology', type=cli.parse_given, required=True, help='such as v5e:8x8'
+  )
   parser.add_argument(
     '--slices',
     type=cli.parse_positive,
@@ -51,7 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--sweep', action='store_true', help='try other executors and meshes'
   )
-  parser.add_argument('--output', help='a JSON file for the figures')
+  parser.add_argument(
+    '--output', type=cli.parse_given, help='a JSON file for the figures'
+  )
   return parser
 
 
@@ -63,9 +67,8 @@ def compile_ahead(flags: argparse.Namespace) -> None:
   """
   request = make_request(flags)
   if flags.output:
-    # Before minutes are spent: the folder is there, and may be written.
-    with open(flags.output, 'a'):
-      pass
+    # Before minutes are spent.
+    check_writable(flags.output)
   figures: dict | list
   if flags.sweep:
     figures = sweep(request, lambda line: print(line, file=sys.stderr))
@@ -75,8 +78,7 @@ def compile_ahead(flags: argparse.Namespace) -> None:
     figures['estimated_seconds'] = report.estimate_seconds(figures)
     print(report.describe(figures))
   if flags.output:
-    with open(flags.output, 'w') as file:
-      json.dump(figures, file, indent=2)
+    write_json(flags.output, figures)
 
 
 def make_request(flags: argparse.Namespace) -> Request:

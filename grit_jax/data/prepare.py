@@ -14,7 +14,14 @@ import pathlib
 from etils import epath
 
 from grit_jax import cli
-from grit_jax.config import Config, DataConfig, EvaluationConfig
+from grit_jax.config import (
+  Config,
+  Count,
+  DataConfig,
+  EvaluationConfig,
+  Share,
+  ShareBelowOne,
+)
 from grit_jax.data import summary
 from grit_jax.data.preparation import make_settings
 from grit_jax.data.prepared import PreparedSource, write_prepared
@@ -46,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
   ):
     parser.add_argument(
       f'--{name}',
-      type=int,
+      type=cli.number(Count),
       default=getattr(DataConfig, name),
       help=f'{help_text} (default: %(default)s)',
     )
@@ -58,14 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--max_skipped_fraction',
-    type=float,
+    type=cli.number(Share),
     default=DataConfig.max_skipped_fraction,
     help='the share of records of a data set that may be skipped '
     '(default: %(default)s)',
   )
   parser.add_argument(
     '--held_out_fraction',
-    type=float,
+    type=cli.number(ShareBelowOne),
     default=EvaluationConfig.held_out_fraction,
     help="the share of a file's records that is held out "
     '(default: %(default)s)',

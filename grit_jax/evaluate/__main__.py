@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 from grit_jax import cli
+from grit_jax.config import Size
 from grit_jax.errors import UserError
 from grit_jax.inference import arguments
 
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_mteb(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--tasks',
+    type=cli.parse_given,
     required=True,
     help="names of mteb's tasks and benchmarks, as 'MTEB(eng, v1)', which is "
     "the paper's; with commas between them",
@@ -45,34 +47,49 @@ def _add_mteb(command: argparse.ArgumentParser) -> None:
     help='of tasks with several, as eng,deu (default: all)',
   )
   command.add_argument(
-    '--max_length', type=int, default=512, help='tokens kept of a text'
+    '--max_length',
+    type=cli.parse_positive,
+    default=512,
+    help='tokens kept of a text',
   )
   command.add_argument(
-    '--batch_size', type=int, default=32, help='texts of that length at a time'
+    '--batch_size',
+    type=cli.parse_positive,
+    default=32,
+    help='texts of that length at a time',
   )
 
 
 def _add_lm(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     '--tasks',
+    type=cli.parse_given,
     required=True,
     help='mmlu, gsm8k, bbh, tydiqa and humaneval, as the paper has them, and '
     "lm-eval's own names; with commas between them",
   )
   command.add_argument(
     '--max_length',
-    type=int,
+    type=cli.number(Size),
     default=0,
     help="tokens of a context with its answer (default: the model's positions)",
   )
   command.add_argument(
-    '--batch_size', type=int, default=16, help='texts generated at a time'
+    '--batch_size',
+    type=cli.parse_positive,
+    default=16,
+    help='texts generated at a time',
   )
   command.add_argument(
-    '--limit', type=int, default=0, help='documents of a task (default: all)'
+    '--limit',
+    type=cli.number(Size),
+    default=0,
+    help='documents of a task (default: all)',
   )
   command.add_argument(
-    '--task_folder', help="for tasks of your own, lm-eval's YAML files"
+    '--task_folder',
+    type=cli.parse_given,
+    help="for tasks of your own, lm-eval's YAML files",
   )
   command.add_argument(
     '--run_unsafe_code',

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from grit_jax import cli
+from grit_jax.config import Seed, Weight
 from grit_jax.encode import fingerprint
 from grit_jax.errors import UserError
 from grit_jax.inference import arguments
@@ -116,10 +117,13 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
   _add_number(command, 'documents', 1, 'passages to answer from')
   _add_number(command, 'max_new_tokens', 256, 'tokens of an answer at most')
   command.add_argument(
-    '--temperature', type=float, default=0.0, help='0: greedy (default: 0)'
+    '--temperature',
+    type=cli.number(Weight),
+    default=0.0,
+    help='0: greedy (default: 0)',
   )
   command.add_argument(
-    '--seed', type=int, default=0, help='of the draws (default: 0)'
+    '--seed', type=cli.number(Seed), default=0, help='of the draws (default: 0)'
   )
   command.add_argument(
     '--instruction', default='', help='to embed questions with (default: none)'

@@ -219,8 +219,8 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_whole(
 
 
 def test_a_mistake_in_a_flag_is_named(raw, run_command):
-  message = run_command('--held_out_fraction=1.5')
-  assert 'held_out_fraction=1.5 is not in [0, 1)' in message
+  with pytest.raises(ConfigError, match=r'--held_out_fraction: .* in \[0, 1\)'):
+    run_command('--held_out_fraction=1.5')
 
 
 def test_source_and_target_must_differ(raw, config):
