@@ -18,7 +18,7 @@ Departures from the reference, and why:
 - The embedding loss has its own weight of 1. There the gradient of negatives
   from other devices is lost, which leaves 1/W of it on W devices; the script of
   the 7B model had 8: `--config=configs/gritlm_7b.py:reference_weight` follows
-  that with 1/8.
+  that with 1/8. It also takes known positives for negatives, as there.
 - Weights, gradients and the optimizer's state are in float32, products in
   bfloat16: an update of 2e-5 is lost in a bfloat16 weight above 0.005.
 - Texts are packed into rows, and a batch takes one pass where memory allows:
@@ -89,6 +89,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         max_query_tokens=256,
         max_passage_tokens=2048,
         max_generative_tokens=2048,
+        mask_known_positives=variant != 'reference_weight',
       ),
       optimizer=OptimizerConfig(
         learning_rate=2e-5, warmup_fraction=0.03, schedule='linear'

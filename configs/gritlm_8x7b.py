@@ -80,7 +80,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         generative_reduction='token',
         generative_router_weight=0.02,
       ),
-      data=DataConfig(embedding_batch=256, generative_batch=256),
+      data=DataConfig(
+        embedding_batch=256,
+        generative_batch=256,
+        mask_known_positives=variant != 'reference_weight',
+      ),
       memory=MemoryConfig(remat='full'),
       evaluation=EvaluationConfig(rows=64, held_out_fraction=0.001),
     )

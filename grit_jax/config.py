@@ -318,9 +318,12 @@ class DataConfig:
   hard_negatives: Literal['sampled', 'fixed'] = 'sampled'
   # What a query's positive is compared with. all: every passage of the batch.
   # hard: the query's own hard negatives. in_batch: the positives of the other
-  # queries, without hard negatives (num_passages=1). Known positives of the
-  # query, told by their text, are no negatives in any.
+  # queries, without hard negatives (num_passages=1).
   negatives: Literal['all', 'hard', 'in_batch'] = 'all'
+  # A passage that has the text of a known positive of the query is no negative
+  # of it. Known are the positives of the query's record, and of the batch's
+  # records with the same query.
+  mask_known_positives: bool = True
   max_query_tokens: Count = 256
   max_passage_tokens: Count = 2048
   max_generative_tokens: Count = 2048

@@ -63,12 +63,13 @@ def compare(
   owners: np.ndarray,
   positives: np.ndarray,
   negatives: str,
+  mask_known: bool,
 ) -> np.ndarray:
   """Decides which passages of the batch each query is compared with.
 
-  A passage that has the text of a known positive of the query is no negative
-  of it. Known are the positives of its own record, and those of the batch's
-  records whose query has the same text.
+  With `mask_known` a passage that has the text of a known positive of the query
+  is no negative of it. Known are the positives of its own record, and those of
+  the batch's records whose query has the same text.
 
   Args:
     queries: uint64 [Q], hashes of the queries' texts.
@@ -76,10 +77,33 @@ def compare(
     owners: int [K], the queries that `positives` are known of.
     positives: uint64 [K], hashes of all positives of all records.
     negatives: `config.DataConfig.negatives`.
+    mask_known: `config.DataConfig.mask_known_positives`.
 
   Returns:
     bool [Q, Q * G]. A query's own positive is always in it.
   """
+  count, group = passages.shape
+  numbers = np.arange(count)
+  if mask_known:
+    scored = _find_unknown(queries, passages, owners, positives)
+  else:
+    scored = np.ones((count, count * group), bool)
+  by_query = scored.reshape(count, count, group)
+  by_query[numbers, numbers, 0] = True
+  if negatives == 'hard':
+    own = by_query[numbers, numbers]
+    by_query[:] = False
+    by_query[numbers, numbers] = own
+  return scored
+
+
+def _find_unknown(
+  queries: np.ndarray,
+  passages: np.ndarray,
+  owners: np.ndarray,
+  positives: np.ndarray,
+) -> np.ndarray:
+  """Returns which passages are no known positive of a query."""
   texts, passage = np.unique(passages.reshape(-1), return_inverse=True)
   same, query = np.unique(queries, return_inverse=True)
   place = np.searchsorted(texts, positives)
@@ -88,13 +112,4 @@ def compare(
   may_compare = np.ones((len(same), len(texts)), bool)
   may_compare[query[owners[present]], place[present]] = False
   # Many times as fast as one indexing by both.
-  scored = np.take(np.take(may_compare, query, axis=0), passage, axis=1)
-  count, group = passages.shape
-  numbers = np.arange(count)
-  by_query = scored.reshape(count, count, group)
-  by_query[numbers, numbers, 0] = True
-  if negatives == 'hard':
-    own = by_query[numbers, numbers]
-    by_query[:] = False
-    by_query[numbers, numbers] = own
-  return scored
+  return np.take(np.take(may_compare, query, axis=0), passage, axis=1)

@@ -158,6 +158,7 @@ class Plan:
       np.concatenate(owners),
       np.concatenate(positives),
       self.config.data.negatives,
+      self.config.data.mask_known_positives,
     )
 
   def generative_step(self, step: int) -> GenerativePlan | None:

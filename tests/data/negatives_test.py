@@ -109,6 +109,7 @@ def test_comparisons_are_those_of_the_definition(negatives, seed):
     np.repeat(np.arange(count), [len(texts) for texts in positives]),
     vocabulary[[text for texts in positives for text in texts]],
     negatives,
+    mask_known=True,
   )
   assert found.dtype == bool
   np.testing.assert_array_equal(found, expected)
@@ -129,6 +130,7 @@ def test_each_kind_of_false_negative_is_masked():
     np.array([0, 0, 1, 2]),
     np.array([a, b, c, a]),
     'all',
+    mask_known=True,
   )
   expected = [
     # a, b, c, other, a, third

@@ -361,6 +361,17 @@ def test_queries_are_compared_with_all_but_their_known_positives(
     np.testing.assert_array_equal(scored, expected)
     masked += data.compared_pairs - scored.sum()
   assert masked > 0
+  # As in the reference.
+  plan = make_plan(
+    datasets,
+    negatives=negatives,
+    num_passages=passages,
+    mixing=mixing,
+    mask_known_positives=False,
+  )
+  for step in range(4):
+    scored = plan.scored(plan.embedding_step(step))
+    assert scored.sum() == data.compared_pairs
 
 
 @pytest.mark.parametrize('hard_negatives', ['sampled', 'fixed'])
