@@ -57,5 +57,7 @@ def test_a_variant_has_the_references_embedding_weight(name: str, devices: int):
   assert (
     load(name, 'reference_weight').objective.embedding_weight * devices == 1
   )
+  assert not load(name, 'reference_weight').data.mask_known_positives
+  assert load(name).data.mask_known_positives
   with pytest.raises(ValueError, match="'refrence' is no variant"):
     load(name, 'refrence')
