@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
+import object_store
 import pytest
+from small_run import ROOT
 
 pytestmark = pytest.mark.e2e
 
@@ -37,6 +39,26 @@ while not (home / 'end').exists():
   time.sleep(0.01)
 print('step 2', flush=True)
 sys.exit(int((home / 'end').read_text()))
+"""
+
+
+# A run that holds its workdir on an object store, by its first process.
+HOLD = """
+import json, os, pathlib, time
+from etils import epath
+from grit_jax import lease
+lease.RENEW_SECONDS, lease.STALE_SECONDS = 0.3, 1.2
+home = pathlib.Path.home()
+def run():
+  with open(home / 'starts', 'a') as file:
+    file.write(json.dumps([os.getpid()]) + '\\n')
+  while not (home / 'end').exists():
+    time.sleep(0.01)
+if home.name == min(path.name for path in home.parent.iterdir()):
+  with lease.hold(epath.Path('gs://bucket/run')):
+    run()
+else:
+  run()
 """
 
 
@@ -442,6 +464,28 @@ def test_keeper_starts_again_what_a_sigterm_has_stopped(pod, wait_until):
   wait_for_starts(pod, wait_until, 2, 2)
   end(pod, 0)
   finish(process, 0)
+
+
+def test_keeper_starts_again_what_was_killed_while_it_held_its_workdir(
+  pod, wait_until
+):
+  with object_store.serve() as (store, address):
+    pod.environment |= {
+      'TENSORSTORE_GCS_HTTP_URL': address,
+      'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
+      'PYTHONPATH': str(ROOT),
+    }
+    hold = ('--', sys.executable, '-c', HOLD)
+    process = pod.start('keep.sh', *POD, 'v6e-8', 'spot', *hold)
+    for number in (1, 2):
+      wait_for_starts(pod, wait_until, 2, number)
+      [pid] = starts(pod.homes()[0])[-1]
+      assert json.loads(store.objects['run/.lock'][1])['pid'] == pid
+      if number == 1:
+        pod.stop_machines()
+    end(pod, 0)
+    finish(process, 0)
+    assert not store.objects
 
 
 @pytest.mark.parametrize('failing', [1, 2])
