@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -208,6 +209,20 @@ def hash_json(value: Any) -> str:
 def is_local(path: epath.PathLike) -> bool:
   """Whether a path is of a local or mounted disk, not gs:// or the like."""
   return '://' not in os.fspath(path)
+
+
+def check_place(path: epath.PathLike) -> None:
+  """Checks that a path is of a disk or of gs://, which needs a package.
+
+  Raises:
+    UserError: it is neither, or the package is missing.
+  """
+  if is_local(path):
+    return
+  if not os.fspath(path).startswith('gs://'):
+    raise UserError(f'{path} is neither a folder nor a place on gs://.')
+  if importlib.util.find_spec('gcsfs') is None:
+    raise UserError(f'{path}: gs:// needs a package: pip install gcsfs')
 
 
 def describe_holder() -> dict[str, Any]:

@@ -19,8 +19,9 @@ from absl import logging
 from etils import epath
 
 from grit_jax import files, processes
-from grit_jax.checkpoint import kvstore
+from grit_jax.checkpoint import kvstore, reason
 from grit_jax.errors import UserError
+from grit_jax.files import LockedError
 
 _FILE = '.lock'
 # Seconds between two renewals, and without one until a lease is taken over.
@@ -48,8 +49,15 @@ def hold(workdir: epath.Path) -> Iterator[Callable[[], None]]:
     with files.lock(workdir / _FILE):
       yield lambda: None
     return
-  lease = _Lease(workdir)
-  lease.take()
+  try:
+    lease = _Lease(workdir)
+    lease.take()
+  except LockedError:
+    raise
+  except (ValueError, OSError) as error:
+    raise UserError(
+      f'{workdir}: {_FILE} cannot be taken: {reason(error)}.'
+    ) from error
   renewer = threading.Thread(target=lease.keep, daemon=True)
   renewer.start()
   try:

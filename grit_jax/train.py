@@ -45,7 +45,7 @@ from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.evaluate.held_out import HeldOutEvaluation
-from grit_jax.files import write_json
+from grit_jax.files import check_place, write_json
 from grit_jax.initial import (
   InitialModel,
   check_base,
@@ -111,6 +111,7 @@ def start(flags: argparse.Namespace) -> None:
   )
   if not processes.is_first():
     logging.set_verbosity(logging.WARNING)
+  check_place(flags.workdir)
   train(config, epath.Path(flags.workdir))
 
 

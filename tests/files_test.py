@@ -93,6 +93,16 @@ def test_a_folder_that_is_not_finished_is_not_there(tmp_path):
   assert (target / 'a').read_text() == 'a'
 
 
+def test_a_place_is_on_a_disk_or_on_gs(monkeypatch):
+  files.check_place('folder')
+  for place in 'http://a/b', 's3://a/b':
+    with pytest.raises(UserError, match=f'{place} is neither a folder nor'):
+      files.check_place(place)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(UserError, match='gs://a/b: .* pip install gcsfs'):
+    files.check_place('gs://a/b')
+
+
 def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path):
   (tmp_path / 'file').touch()
   files.check_writable(tmp_path / 'file')

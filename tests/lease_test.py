@@ -96,6 +96,14 @@ def test_a_second_run_is_refused_and_a_killed_ones_place_taken(
   hold(workdir)
 
 
+def test_a_store_that_does_not_answer_is_one_message(store):
+  with pytest.raises(UserError, match='gs://B: .lock cannot be taken: .*B'):
+    hold('gs://B')
+  store.is_reachable = False
+  with pytest.raises(UserError, match=f'{WORKDIR}: .lock cannot be taken: '):
+    hold(WORKDIR)
+
+
 def test_who_ends_gives_the_lease_back(store):
   with lease.hold(epath.Path(WORKDIR)):
     holder = json.loads(store.objects[NAME][1])
