@@ -7,6 +7,7 @@ needs nothing.
 
 import hashlib
 import signal
+import socket
 from typing import Any
 
 import jax
@@ -68,17 +69,33 @@ def start_processes(
       f'--process_id={process_id} is not in 0 to {num_processes - 1}, with '
       f'--num_processes={num_processes}.'
     )
-  if ':' not in coordinator_address:
-    raise UserError(
-      f'--coordinator_address={coordinator_address} is not HOST:PORT.'
+  _check_address(coordinator_address)
+  try:
+    jax.distributed.initialize(
+      coordinator_address,
+      num_processes,
+      process_id,
+      cluster_detection_method='deactivate',
+      **limits,
     )
-  jax.distributed.initialize(
-    coordinator_address,
-    num_processes,
-    process_id,
-    cluster_detection_method='deactivate',
-    **limits,
-  )
+  except RuntimeError as error:
+    raise UserError(
+      f'--coordinator_address={coordinator_address}: process {process_id} '
+      f'cannot join: {error}. It must be free on the host of process 0, and '
+      'reached from the others.'
+    ) from error
+
+
+def _check_address(address: str) -> None:
+  """Checks what JAX would wait minutes for."""
+  flag = f'--coordinator_address={address}'
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(f'{flag} is not HOST:PORT.')
+  try:
+    socket.getaddrinfo(host.strip('[]'), int(port))
+  except (OSError, UnicodeError) as error:
+    raise UserError(f'{flag}: {host} is not known: {error}.') from error
 
 
 def is_first() -> bool:

@@ -187,6 +187,10 @@ def test_processes_with_other_data_end_in_a_message(
     ((None, 2, 0), '--coordinator_address missing'),
     (('127.0.0.1:1', 2, 2), r'--process_id=2 is not in 0 to 1'),
     (('127.0.0.1', 2, 0), '--coordinator_address=127.0.0.1 is not HOST:PORT'),
+    (('127.0.0.1:x', 2, 0), '--coordinator_address=127.0.0.1:x is not HOST'),
+    (('127.0.0.1:65536', 2, 0), ':65536 is not HOST:PORT'),
+    (('no.invalid:9', 2, 0), '=no.invalid:9: no.invalid is not known'),
+    (('a' * 70 + ':9', 2, 0), 'a:9: a+ is not known'),
   ],
 )
 def test_flags_that_cannot_be_are_named(flags, message):
