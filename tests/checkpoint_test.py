@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -413,3 +415,39 @@ def test_an_array_that_only_the_checkpoint_has_is_named(saved, check_refused):
     'model/head, which the model has not',
     tie_embeddings=True,
   )
+
+
+def test_a_checkpoint_that_the_disk_refuses_names_the_last_good_one(tmp_path):
+  rng = np.random.default_rng(0)
+  state = {'x': jnp.asarray(rng.standard_normal((256, 256), np.float32))}
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with pytest.raises(
+    UserError,
+    match=f'checkpoints: a checkpoint was not saved: File too large.* '
+    f'last good one: {tmp_path}/checkpoints/1. The same command',
+  ):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+      checkpoints.save(1, state, make_iterator(), {}, TOKENIZER, {})
+      checkpoints.wait()
+      resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+      try:
+        checkpoints.save(2, state, make_iterator(), {}, TOKENIZER, {})
+        checkpoints.wait()
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.latest() == 1
+    checkpoints.save(2, state, make_iterator(), {}, TOKENIZER, {})
+    checkpoints.wait(2)
+    with pytest.raises(UserError, match='has saved step 3, and the newest'):
+      checkpoints.wait(3)
+
+
+def test_a_run_that_has_lost_its_workdir_saves_nothing(tmp_path):
+  def lost() -> None:
+    raise UserError('lost')
+
+  with Checkpoints(tmp_path, keep=2, check_lease=lost) as checkpoints:
+    with pytest.raises(UserError, match='lost'):
+      checkpoints.save(1, {}, make_iterator(), {}, TOKENIZER, {})
+  assert not os.listdir(tmp_path / 'checkpoints')
