@@ -6,22 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-mteb = pytest.importorskip('mteb')
-datasets = pytest.importorskip('datasets')
-
-from mteb.abstasks import (  # noqa: E402
-  AbsTaskClassification,
-  AbsTaskRetrieval,
-  AbsTaskSTS,
-)
-from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
-from mteb.models.model_meta import ModelMeta  # noqa: E402
-from mteb.types import PromptType  # noqa: E402
-
-from grit_jax.errors import UserError  # noqa: E402
-from grit_jax.evaluate import __main__ as command  # noqa: E402
-from grit_jax.evaluate import mteb_encoder  # noqa: E402
-from grit_jax.inference.gritlm import GritLM  # noqa: E402
+from grit_jax.errors import UserError
+from grit_jax.evaluate import __main__ as command
+from grit_jax.inference.gritlm import GritLM
 
 # Scores of embeddings that agree within 1e-5, of two float32 programs.
 TOLERANCE = 1e-4
@@ -38,7 +25,22 @@ EXPECTED = {
 }
 
 
-def describe(name: str, kind: str, score: str, prompt=None):
+# Fixtures: importing mteb takes seconds, which collecting tests need not.
+
+
+@pytest.fixture(scope='module')
+def mteb():
+  return pytest.importorskip('mteb')
+
+
+@pytest.fixture(scope='module')
+def mteb_encoder(mteb):
+  from grit_jax.evaluate import mteb_encoder
+
+  return mteb_encoder
+
+
+def describe(mteb, name: str, kind: str, score: str, prompt=None):
   return mteb.TaskMetadata(
     name=name,
     type=kind,
@@ -52,8 +54,15 @@ def describe(name: str, kind: str, score: str, prompt=None):
 
 
 @pytest.fixture(scope='module')
-def tasks(tmp_path_factory) -> list:
+def tasks(tmp_path_factory, mteb) -> list:
   """A task of retrieval, of similarity and of classification, from files."""
+  import datasets
+  from mteb.abstasks import (
+    AbsTaskClassification,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+  )
+
   folder = tmp_path_factory.mktemp('tasks')
 
   def write(name: str, rows: list[dict]) -> str:
@@ -94,6 +103,7 @@ def tasks(tmp_path_factory) -> list:
 
   class LocalRetrieval(AbsTaskRetrieval):
     metadata = describe(
+      mteb,
       'LocalRetrieval',
       'Retrieval',
       'ndcg_at_10',
@@ -116,7 +126,7 @@ def tasks(tmp_path_factory) -> list:
       self.data_loaded = True
 
   class LocalSTS(AbsTaskSTS):
-    metadata = describe('LocalSTS', 'STS', 'cosine_pearson')
+    metadata = describe(mteb, 'LocalSTS', 'STS', 'cosine_pearson')
 
     def load_data(self, **_) -> None:
       self.dataset = datasets.DatasetDict(test=read(similar))
@@ -124,6 +134,7 @@ def tasks(tmp_path_factory) -> list:
 
   class LocalClassification(AbsTaskClassification):
     metadata = describe(
+      mteb,
       'LocalClassification',
       'Classification',
       'accuracy',
@@ -140,23 +151,28 @@ def tasks(tmp_path_factory) -> list:
   return [LocalRetrieval(), LocalSTS(), LocalClassification()]
 
 
-class Reference(AbsEncoder):
+@pytest.fixture(scope='module')
+def reference(exported: pathlib.Path):
   """The PyTorch package, told what `EXPECTED` says."""
+  gritlm = pytest.importorskip('gritlm')
+  from mteb.models.abs_encoder import AbsEncoder
+  from mteb.models.model_meta import ModelMeta
 
-  def __init__(self, folder: pathlib.Path):
-    gritlm = pytest.importorskip('gritlm')
-    self.model = gritlm.GritLM(
-      str(folder), mode='embedding', normalized=False, torch_dtype='float32'
+  class Reference(AbsEncoder):
+    model = gritlm.GritLM(
+      str(exported), mode='embedding', normalized=False, torch_dtype='float32'
     )
-    self.mteb_model_meta = ModelMeta.create_empty({'name': 'a/b'})
+    mteb_model_meta = ModelMeta.create_empty({'name': 'a/b'})
 
-  def encode(self, inputs, *, task_metadata, prompt_type=None, **_):
-    told = EXPECTED[task_metadata.name][prompt_type == PromptType.document]
-    return self.model.encode(
-      [text for batch in inputs for text in batch['text']],
-      instruction=f'<|user|>\n{told}\n<|embed|>\n' if told else '<|embed|>\n',
-      max_length=64,
-    )
+    def encode(self, inputs, *, task_metadata, prompt_type=None, **_):
+      told = EXPECTED[task_metadata.name][prompt_type == 'document']
+      return self.model.encode(
+        [text for batch in inputs for text in batch['text']],
+        instruction=f'<|user|>\n{told}\n<|embed|>\n' if told else '<|embed|>\n',
+        max_length=64,
+      )
+
+  return Reference()
 
 
 class Recorder:
@@ -181,9 +197,11 @@ def model(random_run: pathlib.Path) -> GritLM:
   return GritLM.load(random_run)
 
 
-def test_scores_are_those_of_pytorch(tasks, model, exported, tmp_path):
+def test_scores_are_those_of_pytorch(
+  tasks, mteb_encoder, model, reference, tmp_path
+):
   ours = Recorder(mteb_encoder.Encoder(model, 'run', max_length=64))
-  theirs = Recorder(Reference(exported))
+  theirs = Recorder(reference)
   found = mteb_encoder.evaluate(ours, tasks, tmp_path / 'ours', batch_size=4)
   expected = mteb_encoder.evaluate(theirs, tasks, tmp_path / 'theirs')
   assert found.keys() == expected.keys() == EXPECTED.keys()
@@ -196,7 +214,7 @@ def test_scores_are_those_of_pytorch(tasks, model, exported, tmp_path):
     np.testing.assert_allclose(one, other, atol=EMBEDDING_TOLERANCE)
 
 
-def test_finished_tasks_are_not_run_again(tasks, model, tmp_path):
+def test_finished_tasks_are_not_run_again(tasks, mteb_encoder, model, tmp_path):
   first = Recorder(mteb_encoder.Encoder(model, 'run', max_length=64))
   before = mteb_encoder.evaluate(first, tasks[:2], tmp_path)
   files = sorted(
@@ -239,7 +257,11 @@ def test_finished_tasks_are_not_run_again(tasks, model, tmp_path):
      'summaries', None),
   ],
 )  # fmt: skip
-def test_instructions_are_the_papers(model, name, queries, documents):
+def test_instructions_are_the_papers(
+  mteb, mteb_encoder, model, name, queries, documents
+):
+  from mteb.types import PromptType
+
   encoder = mteb_encoder.Encoder(model, 'run')
   metadata = mteb.get_task(name).metadata
   for kind, expected in (
@@ -250,7 +272,7 @@ def test_instructions_are_the_papers(model, name, queries, documents):
       assert encoder.choose_instruction(metadata, kind) == expected
 
 
-def test_all_of_the_papers_tasks_are_found():
+def test_all_of_the_papers_tasks_are_found(mteb_encoder):
   tasks = mteb_encoder.find_tasks('MTEB(eng, v1),NQ,LitSearchRetrieval')
   assert len(tasks) == 56 + 1
   with pytest.raises(UserError, match="'NQQ'.*Did you mean: 'NQ'"):
@@ -258,7 +280,7 @@ def test_all_of_the_papers_tasks_are_found():
 
 
 def test_command_prints_scores_and_names_mistakes(
-  tasks, random_run, tmp_path, monkeypatch, capsys
+  mteb, tasks, random_run, tmp_path, monkeypatch, capsys
 ):
   find = mteb.get_task
   local = {task.metadata.name: task for task in tasks}

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import ndcg_score
 
 from grit_jax.evaluate import retrieval
 from grit_jax.evaluate.retrieval import (
@@ -121,6 +120,8 @@ def test_positives_that_are_no_candidates_are_refused(positives, message):
 
 
 def test_metrics_agree_with_scikit_learn(rng):
+  from sklearn.metrics import ndcg_score
+
   queries = rng.normal(size=(200, 3))
   candidates = rng.normal(size=(40, 3))
   positives = rng.integers(0, 40, 200)

@@ -1,6 +1,6 @@
 """A cloud in a folder, and the programs that stand in for its clients."""
 
-import json
+import ast
 import os
 import pathlib
 import shutil
@@ -107,10 +107,10 @@ class Cloud:
 
   def calls(self, *words: str) -> list[list[str]]:
     """Returns the arguments of the calls to `gcloud compute tpus WORDS`."""
-    path = self.folder / 'calls.jsonl'
+    path = self.folder / 'calls'
     lines = path.read_text().splitlines() if path.exists() else []
     prefix = ['compute', 'tpus', *words]
-    calls = [json.loads(line) for line in lines]
+    calls = [ast.literal_eval(line) for line in lines]
     return [c[len(prefix) :] for c in calls if c[: len(prefix)] == prefix]
 
   def answer(self, command: str, text: str) -> None:

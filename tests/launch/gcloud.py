@@ -1,6 +1,9 @@
 """Stands in for `gcloud`: what it knows of a cloud lies in a folder.
 
-The folder, CLOUD in the environment, has `calls.jsonl`, a line a call, and
+The scripts start it hundreds of times: importing more than `os` and `sys` would
+take most of the time of their tests.
+
+The folder, CLOUD in the environment, has `calls`, a line a call, and
 
 - `queued/NAME`: states of a queued resource;
 - `nodes/NAME/states`: states of a node. Of several lines the first is the
@@ -12,22 +15,17 @@ The folder, CLOUD in the environment, has `calls.jsonl`, a line a call, and
   once; and `answers/states`: the states that what is created goes through.
 """
 
-import json
 import os
-import pathlib
-import re
-import shutil
-import subprocess
 import sys
 
-CLOUD = pathlib.Path(os.environ['CLOUD'])
+CLOUD = os.environ['CLOUD']
 WORKERS = 2
 
 
 def main() -> None:
   """Does what the command line says."""
-  with open(CLOUD / 'calls.jsonl', 'a') as file:
-    file.write(json.dumps(sys.argv[1:]) + '\n')
+  with open(f'{CLOUD}/calls', 'a') as file:
+    file.write(f'{sys.argv[1:]!r}\n')
   words = [word for word in sys.argv[1:] if not word.startswith('-')]
   flags = dict(
     word.removeprefix('--').partition('=')[::2]
@@ -39,7 +37,7 @@ def main() -> None:
   fail_if_told(f'{group}-{command}')
   actions = {
     ('tpu-vm', 'create'): lambda: create_node(names[0]),
-    ('tpu-vm', 'delete'): lambda: shutil.rmtree(CLOUD / 'nodes' / names[0]),
+    ('tpu-vm', 'delete'): lambda: remove_node(names[0]),
     ('tpu-vm', 'list'): lambda: list_nodes(flags),
     ('tpu-vm', 'ssh'): lambda: run(names[0], flags),
     ('tpu-vm', 'scp'): lambda: copy(*names, flags),
@@ -50,46 +48,65 @@ def main() -> None:
   actions[group, command]()
 
 
+def read(path: str) -> str:
+  """Returns a file's text; nothing if there is no file."""
+  if not os.path.exists(path):
+    return ''
+  with open(path) as file:
+    return file.read()
+
+
+def write(path: str, text: str) -> None:
+  """Writes a file's text."""
+  with open(path, 'w') as file:
+    file.write(text)
+
+
 def fail_if_told(command: str) -> None:
   """Fails with the next answer for this command, if there is one."""
-  path = CLOUD / 'answers' / command
-  lines = path.read_text().splitlines() if path.exists() else []
+  path = f'{CLOUD}/answers/{command}'
+  lines = read(path).splitlines()
   if lines:
-    path.write_text('\n'.join(lines[1:]))
+    write(path, '\n'.join(lines[1:]))
     status, _, message = lines[0].partition(' ')
     print(message, file=sys.stderr)
     sys.exit(int(status))
 
 
-def next_state(path: pathlib.Path) -> str:
+def next_state(path: str) -> str:
   """Returns the present state, and goes on to the next."""
-  first, *others = path.read_text().splitlines()
-  path.write_text('\n'.join(others or [first]))
+  first, *others = read(path).splitlines()
+  write(path, '\n'.join(others or [first]))
   return first
 
 
 def matches(filter: str, key: str, value: str) -> bool:
-  """Whether a term of a filter, `KEY~REGEX` with OR between, holds."""
-  terms = [term.split('~') for term in filter.split(' OR ')]
-  return any(
-    bool(re.search(regex, value)) for name, regex in terms if name == key
-  )
+  """Whether a term of a filter, `KEY~END$` with OR between, holds."""
+  assert filter.endswith('$')
+  terms = [term.split('~') for term in filter[:-1].split('$ OR ')]
+  return any(name == key and value.endswith(end) for name, end in terms)
 
 
 def create_node(name: str, queued: str = '') -> None:
   """Makes a node and its workers' homes."""
-  node = CLOUD / 'nodes' / name
+  node = f'{CLOUD}/nodes/{name}'
   for worker in range(WORKERS):
-    (node / 'workers' / str(worker)).mkdir(parents=True)
-  (node / 'states').write_text('READY')
-  (node / 'queued').write_text(queued)
+    os.makedirs(f'{node}/workers/{worker}')
+  write(f'{node}/states', 'READY')
+  write(f'{node}/queued', queued)
+
+
+def remove_node(name: str) -> None:
+  """Removes a node and its workers' homes."""
+  import shutil
+
+  shutil.rmtree(f'{CLOUD}/nodes/{name}')
 
 
 def create_queued(name: str, flags: dict[str, str]) -> None:
   """Makes a queued resource and its nodes."""
-  states = CLOUD / 'answers' / 'states'
-  text = states.read_text() if states.exists() else 'ACTIVE'
-  (CLOUD / 'queued' / name).write_text(text)
+  states = read(f'{CLOUD}/answers/states') or 'ACTIVE'
+  write(f'{CLOUD}/queued/{name}', states)
   nodes = [flags['node-id']] if 'node-id' in flags else []
   for number in range(int(flags.get('node-count', 0))):
     nodes.append(f'{flags["node-prefix"]}-{number}')
@@ -100,58 +117,66 @@ def create_queued(name: str, flags: dict[str, str]) -> None:
 def delete_queued(name: str, flags: dict[str, str]) -> None:
   """Removes a queued resource and, as with --force, its nodes."""
   assert 'force' in flags
-  (CLOUD / 'queued' / name).unlink()
-  for node in (CLOUD / 'nodes').iterdir():
-    if (node / 'queued').read_text().endswith(f'/{name}'):
-      shutil.rmtree(node)
+  os.unlink(f'{CLOUD}/queued/{name}')
+  for node in os.listdir(f'{CLOUD}/nodes'):
+    if read(f'{CLOUD}/nodes/{node}/queued').endswith(f'/{name}'):
+      remove_node(node)
 
 
 def list_nodes(flags: dict[str, str]) -> None:
   """Prints name and state of the nodes that the filter is for."""
   assert flags['format'] == 'value[separator=" "](name.basename(),state)'
-  for node in sorted((CLOUD / 'nodes').iterdir()):
-    full = f'projects/p/locations/z/nodes/{node.name}'
-    queued = (node / 'queued').read_text()
+  for node in sorted(os.listdir(f'{CLOUD}/nodes')):
+    folder = f'{CLOUD}/nodes/{node}'
+    full = f'projects/p/locations/z/nodes/{node}'
     if matches(flags['filter'], 'name', full) or matches(
-      flags['filter'], 'queuedResource', queued
+      flags['filter'], 'queuedResource', read(f'{folder}/queued')
     ):
-      print(node.name, next_state(node / 'states'))
+      print(node, next_state(f'{folder}/states'))
 
 
 def list_queued(flags: dict[str, str]) -> None:
   """Prints the state of the queued resource that the filter is for."""
   assert flags['format'] == 'value(state.state)'
-  for path in (CLOUD / 'queued').iterdir():
-    full = f'projects/p/locations/z/queuedResources/{path.name}'
+  for name in os.listdir(f'{CLOUD}/queued'):
+    full = f'projects/p/locations/z/queuedResources/{name}'
     if matches(flags['filter'], 'name', full):
-      print(next_state(path))
+      print(next_state(f'{CLOUD}/queued/{name}'))
 
 
-def homes(node: str, worker: str) -> list[pathlib.Path]:
+def homes(node: str, worker: str) -> list[str]:
   """Returns the homes of a worker, or of all."""
-  folder = CLOUD / 'nodes' / node / 'workers'
-  return sorted(folder.iterdir()) if worker == 'all' else [folder / worker]
+  folder = f'{CLOUD}/nodes/{node}/workers'
+  workers = sorted(os.listdir(folder)) if worker == 'all' else [worker]
+  return [f'{folder}/{worker}' for worker in workers]
 
 
 def run(node: str, flags: dict[str, str]) -> None:
   """Runs a command in a shell on each worker; the last failure counts."""
-  processes = [
-    subprocess.Popen(
-      ['bash', '-c', flags['command']],
-      cwd=home,
-      env=os.environ | {'HOME': str(home)},
-      stdin=subprocess.DEVNULL,
+  processes = []
+  for home in homes(node, flags['worker']):
+    process = os.fork()
+    if not process:
+      os.chdir(home)
+      os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+      environment = os.environ | {'HOME': home}
+      os.execvpe('bash', ['bash', '-c', flags['command']], environment)
+    processes.append(process)
+  sys.exit(
+    max(
+      os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+      for process in processes
     )
-    for home in homes(node, flags['worker'])
-  ]
-  sys.exit(max(process.wait() for process in processes))
+  )
 
 
 def copy(source: str, target: str, flags: dict[str, str]) -> None:
   """Copies a file into each worker's home."""
+  import shutil
+
   node, _, path = target.partition(':')
   for home in homes(node, flags['worker']):
-    shutil.copy(source, home / path)
+    shutil.copy(source, f'{home}/{path}')
 
 
 if __name__ == '__main__':
