@@ -118,10 +118,15 @@ def test_processes_train_as_one_and_go_on_in_another_number(
   stopped = tmp_path / 'stopped'
   shutil.copytree(run, stopped)
 
-  # One is killed: the other ends too.
+  # One is killed: the other ends too, after half a minute without a sign of
+  # life. Meanwhile one process trains alone, and ends what two have begun.
   two = start_two(config_file, run)
   wait_for_step(run, int(saved) + 2, two[0])
   two[1].kill()
+  alone = tmp_path / 'alone'
+  run_here(config, alone, DEVICES)
+  run_here(config, stopped, DEVICES)
+  assert_equal_metrics(stopped, alone)
   for number, (code, output) in enumerate(finish(two)):
     assert code != 0, (number, output)
 
@@ -133,12 +138,7 @@ def test_processes_train_as_one_and_go_on_in_another_number(
   # The first alone says what is said once.
   assert 'generated:' in output and 'generated:' not in other_output
 
-  alone = tmp_path / 'alone'
-  run_here(config, alone, DEVICES)
   assert_equal_metrics(run, alone)
-  # What two have begun one ends.
-  run_here(config, stopped, DEVICES)
-  assert_equal_metrics(stopped, alone)
 
 
 def test_processes_with_other_data_end_in_a_message(
