@@ -72,8 +72,9 @@ def trace(tmp_path_factory) -> pathlib.Path:
   return trace
 
 
-def read_events(trace: pathlib.Path) -> list[tuple[str, dict]]:
-  """Returns name and values of all events of the host and its devices."""
+@pytest.fixture(scope='module')
+def events(trace: pathlib.Path) -> list[tuple[str, dict]]:
+  """Name and values of all events of the host and its devices."""
   data = jax.profiler.ProfileData.from_file(str(trace))
   return [
     (event.name, dict(event.stats))
@@ -83,17 +84,15 @@ def read_events(trace: pathlib.Path) -> list[tuple[str, dict]]:
   ]
 
 
-def test_trace_has_the_steps_that_were_asked_for(trace):
-  steps = [
-    values['step_num'] for name, values in read_events(trace) if name == 'train'
-  ]
+def test_trace_has_the_steps_that_were_asked_for(events):
+  steps = [values['step_num'] for name, values in events if name == 'train']
   assert steps == [3, 4]
 
 
-def test_trace_has_all_the_device_work_of_its_steps(trace):
+def test_trace_has_all_the_device_work_of_its_steps(events):
   operations = collections.Counter(
     (values['run_id'], values['device_ordinal'])
-    for _, values in read_events(trace)
+    for _, values in events
     if values.get('hlo_module') == 'jit_train_step'
   )
   # Two runs of the program, and nothing of the step before.
@@ -105,8 +104,8 @@ def test_trace_has_all_the_device_work_of_its_steps(trace):
   assert first == last
 
 
-def test_trace_names_the_phases_of_the_host(trace):
-  names = {name for name, _ in read_events(trace)}
+def test_trace_names_the_phases_of_the_host(events):
+  names = {name for name, _ in events}
   assert {'build_batch', 'place_batch'} <= names
 
 
