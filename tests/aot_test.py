@@ -155,6 +155,7 @@ def test_the_cache_of_compiled_programs_is_left_alone(cache: pathlib.Path):
   assert not cache.exists()
 
 
+@pytest.mark.e2e
 def test_a_step_that_does_not_fit_is_an_answer():
   config = dataclasses.replace(
     CONFIG, model=presets.mistral_7b(), memory=MemoryConfig(remat='none')
@@ -166,6 +167,7 @@ def test_a_step_that_does_not_fit_is_an_answer():
   assert 'DOES NOT FIT' in describe(figures)
 
 
+@pytest.mark.e2e
 def test_slices_have_a_copy_of_the_weights_each():
   figures = compile_step(Request(CONFIG, 'v5e:4x4', 2, SIZES))
   assert figures['mesh'] == {

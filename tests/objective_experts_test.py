@@ -60,6 +60,7 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(
   assert_equal(found, expected)
 
 
+@pytest.mark.e2e
 def test_chunks_give_the_one_pass_gradient(compute: Callable, expected: Result):
   config = make_expert_config(memory=MemoryConfig(chunk_rows=4))
   found = compute(config, 1, 2, 1, 2)

@@ -141,6 +141,7 @@ def test_processes_train_as_one_and_go_on_in_another_number(
   assert_equal_metrics(run, alone)
 
 
+@pytest.mark.e2e
 def test_processes_with_other_data_end_in_a_message(
   config, config_file, tmp_path
 ):

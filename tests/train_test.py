@@ -109,6 +109,7 @@ def test_run_that_a_sigterm_and_a_sigkill_end_goes_on_with_equal_metrics(
     assert found == expected
 
 
+@pytest.mark.e2e
 def test_evaluations_are_among_the_metrics_and_change_nothing_of_training(
   trained, tmp_path, monkeypatch
 ):

@@ -217,6 +217,7 @@ def test_chats_are_those_of_the_exported_template(ours, theirs):
       ours.apply_chat_template(chat, answer)
 
 
+@pytest.mark.e2e
 def test_scores_of_tasks_are_those_of_transformers(
   ours, theirs, manager, tmp_path, monkeypatch
 ):

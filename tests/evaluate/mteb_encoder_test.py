@@ -197,6 +197,7 @@ def model(random_run: pathlib.Path) -> GritLM:
   return GritLM.load(random_run)
 
 
+@pytest.mark.e2e
 def test_scores_are_those_of_pytorch(
   tasks, mteb_encoder, model, reference, tmp_path
 ):
