@@ -20,7 +20,6 @@ from grit_jax.config import (
   Config,
   EvaluationConfig,
   MemoryConfig,
-  MeshConfig,
 )
 from grit_jax.models import presets
 from grit_jax.models.decoder import count_parameters
@@ -186,12 +185,6 @@ def test_slices_have_a_copy_of_the_weights_each():
 def test_rows_that_do_not_divide_are_an_error_that_names_what_does():
   with pytest.raises(CompileError, match=r'embedding_rows=500 .* 512 does'):
     compile_step(Request(CONFIG, 'v5e:8x8', 1, Sizes(500, 256)))
-
-
-def test_a_mesh_that_does_not_fit_is_an_error():
-  config = dataclasses.replace(CONFIG, mesh=MeshConfig(tensor=3))
-  with pytest.raises(CompileError, match=r'64 devices do not divide by 3'):
-    compile_step(Request(config, 'v5e:8x8', 1, SIZES))
 
 
 @pytest.mark.e2e
