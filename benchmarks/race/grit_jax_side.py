@@ -90,6 +90,7 @@ def prepare(folder: pathlib.Path) -> None:
       data_iterator=pipeline.iterate(),
       config=dataclasses.asdict(config),
       tokenizer=tokenizer.files,
+      run={},
     )
     checkpoints.wait()
   to_hf(folder / 'drawn', folder / 'model')
