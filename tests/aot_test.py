@@ -26,15 +26,12 @@ from grit_jax.models.decoder import count_parameters
 
 pytest.importorskip('libtpu')
 
+pytestmark = pytest.mark.e2e
+
 LAYERS = 2
 # Of two layers with 12 or 24 rows a chip: what compiled, and a little more.
 BUDGETS = {'v5e:8x8': 4.8, 'v6e:4x8': 12.2, 'v5p:4x4x2': 11.0}
-# The quick pass compiles for one chip.
-TOPOLOGIES = [
-  'v5e:8x8',
-  pytest.param('v6e:4x8', marks=pytest.mark.e2e),
-  pytest.param('v5p:4x4x2', marks=pytest.mark.e2e),
-]
+TOPOLOGIES = list(BUDGETS)
 SIZES = Sizes(512, 256)
 # A gather of this many MiB takes as long as a product; smaller ones may be
 # alone.
@@ -154,7 +151,6 @@ def test_the_cache_of_compiled_programs_is_left_alone(cache: pathlib.Path):
   assert not cache.exists()
 
 
-@pytest.mark.e2e
 def test_a_step_that_does_not_fit_is_an_answer():
   config = dataclasses.replace(
     CONFIG, model=presets.mistral_7b(), memory=MemoryConfig(remat='none')
@@ -166,7 +162,6 @@ def test_a_step_that_does_not_fit_is_an_answer():
   assert 'DOES NOT FIT' in describe(figures)
 
 
-@pytest.mark.e2e
 def test_slices_have_a_copy_of_the_weights_each():
   figures = compile_step(Request(CONFIG, 'v5e:4x4', 2, SIZES))
   assert figures['mesh'] == {
@@ -187,7 +182,6 @@ def test_rows_that_do_not_divide_are_an_error_that_names_what_does():
     compile_step(Request(CONFIG, 'v5e:8x8', 1, Sizes(500, 256)))
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
   ('recipe', 'topology', 'rows', 'budget'),
   [

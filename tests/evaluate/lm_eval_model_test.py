@@ -25,6 +25,8 @@ from grit_jax.evaluate.lm_eval_model import (  # noqa: E402
 )
 from grit_jax.inference.gritlm import GritLM  # noqa: E402
 
+pytestmark = pytest.mark.e2e
+
 # Sums of up to 400 log-probabilities of two float32 programs.
 TOLERANCE = 1e-3
 
@@ -217,7 +219,6 @@ def test_chats_are_those_of_the_exported_template(ours, theirs):
       ours.apply_chat_template(chat, answer)
 
 
-@pytest.mark.e2e
 def test_scores_of_tasks_are_those_of_transformers(
   ours, theirs, manager, tmp_path, monkeypatch
 ):

@@ -10,6 +10,8 @@ from grit_jax.errors import UserError
 from grit_jax.evaluate import __main__ as command
 from grit_jax.inference.gritlm import GritLM
 
+pytestmark = pytest.mark.e2e
+
 # Scores of embeddings that agree within 1e-5, of two float32 programs.
 TOLERANCE = 1e-4
 # The embeddings themselves, whose numbers are of size 1.
@@ -197,7 +199,6 @@ def model(random_run: pathlib.Path) -> GritLM:
   return GritLM.load(random_run)
 
 
-@pytest.mark.e2e
 def test_scores_are_those_of_pytorch(
   tasks, mteb_encoder, model, reference, tmp_path
 ):

@@ -444,6 +444,7 @@ def test_steps_drop_other_inputs(one_device, random_decoder, batch):
   assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.e2e
 def test_adapters_of_full_rank_learn_what_all_weights_learn(
   one_device, random_decoder, batch
 ):
