@@ -207,12 +207,9 @@ def plot_losses(workdir: os.PathLike | str) -> epath.Path:
   plots = [
     plot for plot in PLOTS if any(plot[0] in record for record in records)
   ] or PLOTS[:1]
-  height = 2.2 * len(plots)
-  figure = Figure(figsize=(8, height))
+  figure = Figure(figsize=(8, 2.2 * len(plots)), layout='constrained')
   FigureCanvasAgg(figure)
   rows = figure.subplots(len(plots), 1, sharex=True, squeeze=False)[:, 0]
-  # In place of a layout, which takes as long as all the rest.
-  figure.subplots_adjust(0.12, 0.5 / height, 0.98, 1 - 0.3 / height, hspace=0.2)
   for i, (axes, (key, title, unit)) in enumerate(zip(rows, plots, strict=True)):
     points = [
       (record['step'], math.nan if record[key] is None else record[key])
@@ -229,13 +226,13 @@ def plot_losses(workdir: os.PathLike | str) -> epath.Path:
     )
     axes.set_title(title, loc='left', fontsize=10)
     axes.set_ylabel(unit)
-    axes.yaxis.set_label_coords(-0.115, 0.5)
     if key == 'learning_rate':
       axes.yaxis.set_major_formatter('{x:.1e}')
     axes.grid(alpha=0.3)
     axes.margins(x=0.01)
     axes.spines[['top', 'right']].set_visible(False)
   rows[-1].set_xlabel('step')
+  figure.align_ylabels()
   path = folder / 'loss.png'
   picture = io.BytesIO()
   figure.savefig(picture, dpi=150, format='png')

@@ -153,13 +153,9 @@ def plot(summaries: list[Summary], path: pathlib.Path) -> None:
     for kind in (QUERIES, PASSAGES, CONVERSATIONS)
     if any(kind in summary.lengths for summary in summaries)
   ]
-  count = max(len(kinds), 1)
-  height = 2.6 * count
-  figure = Figure(figsize=(8, height))
+  figure = Figure(figsize=(8, 2.6 * max(len(kinds), 1)), layout='constrained')
   FigureCanvasAgg(figure)
-  rows = figure.subplots(count, 1, squeeze=False)[:, 0]
-  # In place of a layout, which takes as long as all the rest.
-  figure.subplots_adjust(0.1, 0.5 / height, 0.98, 1 - 0.3 / height, hspace=0.3)
+  rows = figure.subplots(max(len(kinds), 1), 1, squeeze=False)[:, 0]
   for axes, kind in zip(rows, kinds, strict=False):
     found = [summary for summary in summaries if kind in summary.lengths]
     found.sort(key=lambda summary: -summary.lengths[kind].sum())
