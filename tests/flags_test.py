@@ -9,6 +9,9 @@ import pytest
 from grit_jax import cli
 from grit_jax.errors import ConfigError
 
+# Of the extra `serve`, whose command says so without it.
+pytest.importorskip('uvicorn')
+
 COMMANDS = (
   'train', 'encode', 'aot.__main__', 'convert.__main__', 'data.prepare',
   'evaluate.__main__', 'rag.__main__', 'serve.__main__',
