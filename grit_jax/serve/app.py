@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import anyio.to_thread
 from absl import logging
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -24,6 +25,8 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.serve import responses
 from grit_jax.serve.batching import Batcher, ChatJob, EmbeddingJob
 from grit_jax.serve.requests import (
+  MAX_REQUEST_TOKENS,
+  TOKEN_CHARACTERS,
   ChatRequest,
   EmbeddingRequest,
   RequestError,
@@ -33,6 +36,9 @@ from grit_jax.serve.requests import (
 
 # What nginx logs of a client that went away before its answer.
 CLIENT_GONE = 499
+# Requests that are parsed and tokenised, or answers that are written, at one
+# time: each takes memory, and Python runs one thread of them anyway.
+THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,7 @@ class Service:
 
   @contextlib.asynccontextmanager
   async def _live(self, app: Starlette) -> AsyncIterator[None]:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     yield
     await run_in_threadpool(self._batcher.close)
 
@@ -194,10 +201,16 @@ class Service:
   def _prepare_texts(self, body: bytes) -> tuple[EmbeddingRequest, list[int]]:
     """Returns the texts, and the tokens of each."""
     wanted = parse_embeddings(body, self._name, self._width)
-    lengths = self._model.count_tokens(wanted.texts, wanted.instruction)
     limit = self._limits.max_input_tokens
-    for number, length in enumerate(lengths):
-      param = f'input[{number}]' if len(lengths) > 1 else 'input'
+    whole = max(MAX_REQUEST_TOKENS, limit)
+    lengths: list[int] = []
+    total = 0
+    # One by one, up to the first that is too much: the instruction is tokenised
+    # with each.
+    for number, text in enumerate(wanted.texts):
+      param = f'input[{number}]' if len(wanted.texts) > 1 else 'input'
+      self._check_characters(param, len(wanted.instruction) + len(text))
+      [length] = self._model.count_tokens([text], wanted.instruction)
       if not length:
         raise RequestError(400, f'{param}: the text is empty.', param)
       if length > limit:
@@ -208,11 +221,26 @@ class Service:
           param,
           'context_length_exceeded',
         )
+      lengths.append(length)
+      total += length
+      if total > whole:
+        raise RequestError(
+          400,
+          f'input: the first {len(lengths)} of {len(wanted.texts)} texts have '
+          f'{total} tokens with their instruction, more than the {whole} that '
+          'a request may have; send several requests.',
+          'input',
+        )
     return wanted, lengths
 
   def _prepare_prompt(self, body: bytes) -> tuple[ChatRequest, Prompt]:
     """Returns the conversation, and its tokens."""
     wanted = parse_chat(body, self._name, self._limits.max_new_tokens)
+    # A message is a token or more even if it is empty.
+    self._check_characters(
+      'messages',
+      sum(len(m['content']) + TOKEN_CHARACTERS for m in wanted.messages),
+    )
     one = dataclasses.replace(wanted.sampling, max_new_tokens=1)
     try:
       prompt = self._model.encode_prompt(wanted.messages, one)
@@ -230,6 +258,18 @@ class Service:
     new = min(wanted.sampling.max_new_tokens, self._positions - prompt.length)
     sampling = dataclasses.replace(wanted.sampling, max_new_tokens=new)
     return wanted, dataclasses.replace(prompt, sampling=sampling)
+
+  def _check_characters(self, param: str, count: int) -> None:
+    """Refuses what would be too long however it is tokenised."""
+    limit = self._limits.max_input_tokens
+    if count > TOKEN_CHARACTERS * limit:
+      raise RequestError(
+        400,
+        f'{param}: {count} characters are more than the {limit} tokens that '
+        f'are allowed, of {TOKEN_CHARACTERS} characters each.',
+        param,
+        'context_length_exceeded',
+      )
 
   async def _wait(
     self, request: Request, job: EmbeddingJob | ChatJob

@@ -13,9 +13,16 @@ from typing import Any
 
 from grit_jax.inference.sampling import Sampling
 
-# Texts of one request, as OpenAI has it.
+# Texts of one request, and their tokens with their instructions, as OpenAI has
+# it.
 MAX_INPUTS = 2048
+MAX_REQUEST_TOKENS = 300_000
+# A text is refused before it is tokenised if it has more characters than this a
+# token. The longest pieces of sentencepiece have 16.
+TOKEN_CHARACTERS = 32
 MAX_STOPS = 4
+# The end of an answer is compared with every beginning of a stop string.
+MAX_STOP_CHARACTERS = 1000
 MAX_TEMPERATURE = 2.0
 
 # What may be anything: it changes no answer.
@@ -374,6 +381,10 @@ def _take_stops(fields: _Fields) -> tuple[str, ...]:
   for stop in stops:
     if not _check_text(stop, 'stop'):
       raise _refuse('stop', 'an empty string stops nothing')
+    if len(stop) > MAX_STOP_CHARACTERS:
+      raise _refuse(
+        'stop', f'a string is longer than {MAX_STOP_CHARACTERS} characters'
+      )
   return tuple(stops)
 
 

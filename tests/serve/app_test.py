@@ -20,11 +20,16 @@ pytest.importorskip('uvicorn')
 
 from grit_jax import GritLM  # noqa: E402
 from grit_jax.config import Config  # noqa: E402
+from grit_jax.data.tokenizer import Tokenizer  # noqa: E402
 from grit_jax.inference.generation import Generation  # noqa: E402
 from grit_jax.inference.sampling import Sampling  # noqa: E402
 from grit_jax.models import presets  # noqa: E402
 from grit_jax.serve.__main__ import bind, make_server  # noqa: E402
 from grit_jax.serve.app import Limits, Service  # noqa: E402
+from grit_jax.serve.requests import (  # noqa: E402
+  MAX_INPUTS,
+  MAX_REQUEST_TOKENS,
+)
 
 # float32, in calls of other shapes; embeddings have length 1.
 TOLERANCE = 1e-5
@@ -567,6 +572,91 @@ def test_a_bad_request_is_told_why(
   assert (found, error['param']) == (status, param)
   assert reason in error['message'] and param in error['message']
   assert error['type'] == 'invalid_request_error'
+
+
+LONG = 'a ' * 4_900  # Nearly half of a body.
+TOO_LARGE = [
+  ('embeddings', {'input': LONG}, 'input'),
+  ('embeddings', {'input': ['a', 'b'], 'instruction': LONG}, 'input[0]'),
+  (
+    'embeddings',
+    {'input': ['a'] * 1_500, 'instruction': LONG},
+    'input[0]',
+  ),
+  (
+    'chat/completions',
+    {'messages': [{'role': 'user', 'content': LONG}]},
+    'messages',
+  ),
+  (
+    'chat/completions',
+    {'messages': [{'role': 'system', 'content': LONG}, *MESSAGES[0]]},
+    'messages',
+  ),
+  (
+    'chat/completions',
+    {
+      'messages': [
+        {'role': role, 'content': ''} for role in ('user', 'assistant') * 200
+      ]
+      + MESSAGES[0]
+    },
+    'messages',
+  ),
+  (
+    'chat/completions',
+    {'messages': MESSAGES[0], 'stop': ['b', 'a' * 1001]},
+    'stop',
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  'path, body, param', TOO_LARGE, ids=range(len(TOO_LARGE))
+)
+def test_what_is_too_large_is_refused_before_it_is_tokenised(
+  running: Running,
+  monkeypatch: pytest.MonkeyPatch,
+  path: str,
+  body: dict,
+  param: str,
+):
+  def refuse(*arguments) -> None:
+    raise AssertionError('it is tokenised')
+
+  monkeypatch.setattr(Tokenizer, 'encode_parts_batch', refuse)
+  status, _, answer = running.ask(f'/v1/{path}', {'model': NAME, **body})
+  error = json.loads(answer)['error']
+  assert (status, error['param']) == (400, param)
+  assert 'characters' in error['message']
+
+
+def test_texts_that_are_too_much_together_are_refused_at_the_first_of_them(
+  model: GritLM, running: Running, monkeypatch: pytest.MonkeyPatch
+):
+  most = LIMITS.max_input_tokens
+  instruction = 'a '
+  while model.count_tokens(['b'], instruction)[0] < most - 2:
+    instruction += 'a '
+  count = MAX_REQUEST_TOKENS // model.count_tokens(['b'], instruction)[0]
+  tokenised = []
+  encode = Tokenizer.encode_parts_batch
+
+  def watch(self: Tokenizer, batch: Any) -> Any:
+    tokenised.extend(''.join(parts) for parts in batch)
+    return encode(self, batch)
+
+  monkeypatch.setattr(Tokenizer, 'encode_parts_batch', watch)
+  status, _, answer = running.ask(
+    '/v1/embeddings',
+    {
+      'model': NAME, 'input': ['b'] * MAX_INPUTS, 'instruction': instruction,
+    },
+  )  # fmt: skip
+  error = json.loads(answer)['error']
+  assert (status, error['param']) == (400, 'input')
+  assert f'{MAX_REQUEST_TOKENS} that a request may have' in error['message']
+  assert len(tokenised) == count + 1 < MAX_INPUTS
 
 
 @pytest.mark.parametrize(
