@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import resource
 import socket
 import sys
 
@@ -9,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from grit_jax import cli
-from grit_jax.errors import ConfigError
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.inference import arguments
 from grit_jax.inference.encoding import cache_bytes
 from grit_jax.inference.generation import round_places
@@ -20,15 +21,21 @@ try:
 
   from grit_jax.serve.app import Limits, Service
   from grit_jax.serve.batching import GENERATIONS
+  from grit_jax.serve.connection import Connection
 except ModuleNotFoundError as error:
   sys.exit(f"grit_jax: error: {error}: pip install 'grit_jax[serve]'")
 
 
 # Addresses that this machine alone reaches.
 _LOOPBACK = ('127.0.0.1', '::1', 'localhost')
+# Connections that the system accepts for a server that is busy.
+BACKLOG = 100
+# Files that the process has open besides its connections.
+OWN_FILES = 64
 _LIMITS = {
   'max_batch': 'chats answered side by side',
   'max_queue': 'requests that wait to begin; more get status 429',
+  'max_connections': 'open at one time; more get status 503',
   'max_body_bytes': 'of a request; more get status 413',
   'max_input_tokens': 'of a text or a conversation; more get status 400',
   'max_new_tokens': 'of an answer, where a request does not ask for less',
@@ -115,8 +122,39 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   return model
 
 
+def count_connections(wanted: int) -> int:
+  """Returns the connections that the process may have files for.
+
+  Raises:
+    UserError: It may not have one.
+  """
+  files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+  found = files - BACKLOG - OWN_FILES
+  if files == resource.RLIM_INFINITY or wanted <= found:
+    return wanted
+  if found < 1:
+    raise UserError(
+      f'This process may open {files} files (`ulimit -n`), too few to serve: '
+      f'it needs {BACKLOG + OWN_FILES} and one a connection.'
+    )
+  logging.warning(
+    'At most %d connections, not --max_connections=%d: this process may open '
+    '%d files (`ulimit -n`).', found, wanted, files,
+  )  # fmt: skip
+  return found
+
+
 class Server(uvicorn.Server):
-  """A server that says when it listens."""
+  """A server that says when it listens, and ends what is kept waiting."""
+
+  async def on_tick(self, counter: int) -> bool:
+    """See the base class, which calls it ten times a second."""
+    if counter % 10 == 0:
+      for connection in list(self.server_state.connections):
+        connection.check()
+    if counter % 600 == 0:
+      Connection.report()
+    return await super().on_tick(counter)
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     """See the base class."""
@@ -127,12 +165,19 @@ class Server(uvicorn.Server):
       logging.info('Serving at http://%s:%d/v1', host, port)
 
 
-def make_server(service: Service, stop_seconds: int) -> Server:
+def make_server(
+  service: Service, max_connections: int, stop_seconds: int
+) -> Server:
   """Returns the server, with one protocol and loop whatever is installed."""
   return Server(
     uvicorn.Config(
       service.app,
-      http='h11',
+      http=Connection,
+      backlog=BACKLOG,
+      # What has that many is refused, as a connection and as a request.
+      limit_concurrency=max_connections + 1,
+      # It warns of every connection that is not HTTP; see `Connection.report`.
+      log_level='error',
       loop='asyncio',
       ws='none',
       lifespan='on',
@@ -159,6 +204,7 @@ def serve(flags: argparse.Namespace) -> None:
       f'--host={flags.host} --port={flags.port}: {error}'
     ) from error
   with taken:
+    connections = count_connections(limits.max_connections)
     model = load(flags, limits)
     name = flags.name or epath.Path(flags.model).resolve().name
     logging.info('Its name for clients is %s.', name)
@@ -168,7 +214,7 @@ def serve(flags: argparse.Namespace) -> None:
         flags.host,
       )
     service = Service(model, name, limits, flags.api_key or '')
-    make_server(service, flags.stop_seconds).run([taken])
+    make_server(service, connections, flags.stop_seconds).run([taken])
 
 
 if __name__ == '__main__':

@@ -48,6 +48,7 @@ class Limits:
   Attributes:
     max_batch: Chats that are answered side by side.
     max_queue: Requests that wait to begin.
+    max_connections: Open at one time, with a request or without.
     max_body_bytes: Of a request.
     max_input_tokens: Of a text with its instruction, and of a conversation.
     max_new_tokens: Of an answer.
@@ -55,6 +56,7 @@ class Limits:
 
   max_batch: int = 16
   max_queue: int = 256
+  max_connections: int = 512
   max_body_bytes: int = 4 * 2**20
   max_input_tokens: int = 2048
   max_new_tokens: int = 512
@@ -324,8 +326,8 @@ class _Log:
       await self._app(scope, receive, watch)
     finally:
       logging.info(
-        '%s %s: %d in %.3f s', scope['method'], ascii(scope['path'])[1:-1],
-        status, time.monotonic() - start,
+        '%s %s: %d in %.3f s', scope['method'],
+        ascii(scope['path'][:200])[1:-1], status, time.monotonic() - start,
       )  # fmt: skip
 
 

@@ -1,9 +1,6 @@
 """Tests of the server, over HTTP and with OpenAI's client."""
 
 import base64
-import contextlib
-import dataclasses
-import http.client
 import json
 import threading
 import time
@@ -18,14 +15,22 @@ openai = pytest.importorskip('openai')
 pytest.importorskip('starlette')
 pytest.importorskip('uvicorn')
 
+from running_server import (  # noqa: E402
+  KEY,
+  LIMITS,
+  MODEL,
+  NAME,
+  PATIENCE,
+  Running,
+  run,
+  wait_until,
+)
+
 from grit_jax import GritLM  # noqa: E402
 from grit_jax.config import Config  # noqa: E402
 from grit_jax.data.tokenizer import Tokenizer  # noqa: E402
 from grit_jax.inference.generation import Generation  # noqa: E402
 from grit_jax.inference.sampling import Sampling  # noqa: E402
-from grit_jax.models import presets  # noqa: E402
-from grit_jax.serve.__main__ import bind, make_server  # noqa: E402
-from grit_jax.serve.app import Limits, Service  # noqa: E402
 from grit_jax.serve.requests import (  # noqa: E402
   MAX_INPUTS,
   MAX_REQUEST_TOKENS,
@@ -34,21 +39,6 @@ from grit_jax.serve.requests import (  # noqa: E402
 # float32, in calls of other shapes; embeddings have length 1.
 TOLERANCE = 1e-5
 
-MODEL = dataclasses.replace(
-  presets.tiny(),
-  vocab_size=407,
-  num_layers=1,
-  rope_theta=100.0,
-  max_positions=192,
-)
-NAME, KEY = 'tiny', 'secret'
-LIMITS = Limits(
-  max_batch=2,
-  max_queue=20,
-  max_body_bytes=20_000,
-  max_input_tokens=150,
-  max_new_tokens=150,
-)
 INSTRUCTION = 'Find the answer'
 TEXTS = [f'{word} of text {i}' for i, word in enumerate(['A', 'Some'] * 8)]
 # Of 33 to 64 tokens: their batches have the same shapes.
@@ -62,8 +52,6 @@ SLOW = 0.05
 # Seconds after which a client goes away: its request has come by then, and the
 # longest answer takes several times as long.
 LEAVES = 2.0
-# Seconds after which what should have happened has not.
-PATIENCE = 60
 
 
 @pytest.fixture(scope='module')
@@ -73,61 +61,6 @@ def model(
   path = tmp_path_factory.mktemp('serve') / 'checkpoint'
   write_run(path, Config(model=MODEL))
   return GritLM.load(path)
-
-
-@dataclasses.dataclass
-class Running:
-  """A server that runs in a thread."""
-
-  service: Service
-  server: Any
-  port: int
-
-  def ask(
-    self,
-    path: str,
-    body: Any = None,
-    method: str = 'POST',
-    key: str = KEY,
-    **headers: str,
-  ) -> tuple[int, dict[str, str], Any]:
-    """Sends a request; bytes go as they are, and what else there is as JSON."""
-    connection = http.client.HTTPConnection(
-      '127.0.0.1', self.port, timeout=PATIENCE
-    )
-    with contextlib.closing(connection):
-      if not (body is None or hasattr(body, '__next__')):
-        body = body if isinstance(body, bytes) else json.dumps(body)
-      connection.request(
-        method, path, body, {'Authorization': f'Bearer {key}', **headers}
-      )
-      response = connection.getresponse()
-      return response.status, dict(response.getheaders()), response.read()
-
-  def client(self) -> openai.OpenAI:
-    return openai.OpenAI(
-      base_url=f'http://127.0.0.1:{self.port}/v1',
-      api_key=KEY,
-      max_retries=0,
-      timeout=PATIENCE,
-    )
-
-
-@contextlib.contextmanager
-def run(model: GritLM, stop_seconds: int = 10) -> Iterator[Running]:
-  taken = bind('127.0.0.1', 0)
-  service = Service(model, NAME, LIMITS, KEY)
-  server = make_server(service, stop_seconds)
-  thread = threading.Thread(target=server.run, args=([taken],))
-  thread.start()
-  try:
-    wait_until(lambda: server.started)
-    yield Running(service, server, taken.getsockname()[1])
-  finally:
-    server.should_exit = True
-    thread.join(PATIENCE)
-    taken.close()
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope='module')
@@ -150,13 +83,6 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch):
     step(self, tokens)
 
   monkeypatch.setattr(Generation, 'step', step_slowly)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-  end = time.monotonic() + PATIENCE
-  while not holds():
-    assert time.monotonic() < end
-    time.sleep(0.01)
 
 
 def chat(client: openai.OpenAI, number: int = 0, **arguments) -> Any:

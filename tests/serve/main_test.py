@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ from grit_jax.config import Config  # noqa: E402
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.models import presets  # noqa: E402
 from grit_jax.serve.__main__ import (  # noqa: E402
+  BACKLOG,
+  OWN_FILES,
+  count_connections,
   make_parser,
   serve,
 )
@@ -114,3 +118,20 @@ def test_an_address_is_taken_before_the_model_loads():
   for _ in range(2):
     with pytest.raises(UserError, match='no_model'):
       serve(make_parser().parse_args(flags))
+
+
+def test_connections_are_no_more_than_files_may_be_open(
+  caplog: pytest.LogCaptureFixture,
+):
+  own = BACKLOG + OWN_FILES
+  found = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (own + 9, found[1]))
+    assert count_connections(9) == 9 and not caplog.records
+    assert count_connections(10) == 9
+    assert '9 connections, not --max_connections=10' in caplog.text
+    resource.setrlimit(resource.RLIMIT_NOFILE, (own, found[1]))
+    with pytest.raises(UserError, match=f'{own} files .*too few'):
+      count_connections(1)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, found)
