@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import os
+import re
 import resource
 import socket
 import sys
@@ -28,6 +30,9 @@ except ModuleNotFoundError as error:
 
 # Addresses that this machine alone reaches.
 _LOOPBACK = ('127.0.0.1', '::1', 'localhost')
+KEY_VARIABLE = 'GRIT_JAX_API_KEY'
+# A request's head has room for it.
+MAX_KEY_LENGTH = 4096
 # Connections that the system accepts for a server that is busy.
 BACKLOG = 100
 # Files that the process has open besides its connections.
@@ -67,7 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--api_key',
     type=cli.parse_given,
-    help='that clients must send (default: none)',
+    help=f'that clients must send; every user of the machine sees it in `ps`, '
+    f'but not what {KEY_VARIABLE} in the environment or --api_key_file has '
+    '(default: none)',
+  )
+  parser.add_argument(
+    '--api_key_file', type=cli.parse_given, help='a file that has the key'
   )
   for name, help_text in _LIMITS.items():
     parser.add_argument(
@@ -83,6 +93,37 @@ def make_parser() -> argparse.ArgumentParser:
     help='that a signal leaves to what runs (default: %(default)s)',
   )
   return parser
+
+
+def find_key(flags: argparse.Namespace) -> str:
+  """Returns the key that clients must send; empty: none.
+
+  Raises:
+    ConfigError: It is given twice, or is one that no client can send.
+    OSError: Its file cannot be read.
+  """
+  sources = {
+    '--api_key': flags.api_key,
+    '--api_key_file': flags.api_key_file,
+    KEY_VARIABLE: os.environ.get(KEY_VARIABLE),
+  }
+  given = {k: value for k, value in sources.items() if value is not None}
+  if not given:
+    return ''
+  if len(given) > 1:
+    raise ConfigError(f'{" and ".join(given)} are given: give the key once.')
+  [(source, key)] = given.items()
+  if source == '--api_key_file':
+    source = f'{source}={key}'
+    # Any byte is a character of this encoding.
+    with open(key, encoding='latin-1') as file:
+      key = file.read(MAX_KEY_LENGTH + 2).removesuffix('\n')
+  if len(key) > MAX_KEY_LENGTH or not re.fullmatch('[!-~]([ -~]*[!-~])?', key):
+    raise ConfigError(
+      f'{source}: a key has 1 to {MAX_KEY_LENGTH} characters of printable '
+      'ASCII, without blanks at its ends; no client can send another.'
+    )
+  return key
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -196,6 +237,7 @@ def serve(flags: argparse.Namespace) -> None:
   Raises:
     UserError: what the flags name cannot be.
   """
+  key = find_key(flags)
   limits = Limits(**{name: getattr(flags, name) for name in _LIMITS})
   try:
     taken = bind(flags.host, flags.port)
@@ -208,12 +250,11 @@ def serve(flags: argparse.Namespace) -> None:
     model = load(flags, limits)
     name = flags.name or epath.Path(flags.model).resolve().name
     logging.info('Its name for clients is %s.', name)
-    if not flags.api_key and flags.host not in _LOOPBACK:
+    if not key and flags.host not in _LOOPBACK:
       logging.warning(
-        'Without --api_key, anybody who reaches %s may use the model.',
-        flags.host,
+        'Without a key, anybody who reaches %s may use the model.', flags.host
       )
-    service = Service(model, name, limits, flags.api_key or '')
+    service = Service(model, name, limits, key)
     make_server(service, connections, flags.stop_seconds).run([taken])
 
 

@@ -1,7 +1,9 @@
 """Tests of the command, in a process of its own."""
 
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import re
 import resource
@@ -23,8 +25,11 @@ from grit_jax.errors import ConfigError, UserError
 from grit_jax.models import presets  # noqa: E402
 from grit_jax.serve.__main__ import (  # noqa: E402
   BACKLOG,
+  KEY_VARIABLE,
+  MAX_KEY_LENGTH,
   OWN_FILES,
   count_connections,
+  find_key,
   make_parser,
   serve,
 )
@@ -118,6 +123,74 @@ def test_an_address_is_taken_before_the_model_loads():
   for _ in range(2):
     with pytest.raises(UserError, match='no_model'):
       serve(make_parser().parse_args(flags))
+
+
+@pytest.fixture
+def give_key(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, bytes], list[str]]:
+  """Gives a key in the environment, or returns the flag that does."""
+
+  def give(source: str, key: bytes) -> list[str]:
+    if source == KEY_VARIABLE:
+      monkeypatch.setenv(source, os.fsdecode(key))
+      return []
+    if source == '--api_key_file':
+      (tmp_path / 'key').write_bytes(key)
+      return [f'--api_key_file={tmp_path}/key']
+    return [f'--api_key={os.fsdecode(key)}']
+
+  monkeypatch.delenv(KEY_VARIABLE, raising=False)
+  return give
+
+
+SOURCES = ['--api_key', '--api_key_file', KEY_VARIABLE]
+
+
+def read_key(*flags: str) -> str:
+  return find_key(make_parser().parse_args(['--model=m', *flags]))
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_a_key_is_given_as_a_flag_in_a_file_or_in_the_environment(
+  give_key: Callable, source: str
+):
+  for key in (b'secret', b'a key', b'k' * MAX_KEY_LENGTH):
+    assert read_key(*give_key(source, key)) == key.decode()
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.parametrize(
+  'key',
+  [
+    b'', b' ', b' a', b'a ', b'a\n\n', b'a\tb', b'a\nb', 'schlüssel'.encode(),
+    b'\xff', b'a\x7f', b'k' * (MAX_KEY_LENGTH + 1),
+  ],
+)  # fmt: skip
+def test_a_key_that_no_client_can_send_is_refused(
+  give_key: Callable, source: str, key: bytes
+):
+  with pytest.raises(ConfigError, match=source) as caught:
+    read_key(*give_key(source, key))
+  assert len(str(caught.value)) < 300
+
+
+def test_a_key_is_given_once(give_key: Callable):
+  assert read_key() == ''
+  for first, second in itertools.combinations(SOURCES, 2):
+    flags = [*give_key(first, b'a'), *give_key(second, b'a')]
+    with pytest.raises(ConfigError, match=f'{first} and {second}'):
+      read_key(*flags)
+    os.environ.pop(KEY_VARIABLE, None)
+
+
+def test_the_file_of_a_key_is_read_as_editors_write_it(
+  tmp_path: pathlib.Path, give_key: Callable
+):
+  for end in (b'\n', b'\r\n'):
+    assert read_key(*give_key('--api_key_file', b'secret' + end)) == 'secret'
+  with pytest.raises(FileNotFoundError, match='no_key'):
+    read_key(f'--api_key_file={tmp_path}/no_key')
 
 
 def test_connections_are_no_more_than_files_may_be_open(
