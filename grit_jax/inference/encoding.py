@@ -55,6 +55,8 @@ class Request:
     batch_size: A call has as many tokens as this many texts of `max_length`.
     normalized: Whether embeddings have length 1.
     get_cache: Whether KV caches are kept.
+    few_shapes: Whether rows are padded to one of few lengths, for a server that
+      must not compile a program for each mix of texts.
   """
 
   prefix: str
@@ -62,6 +64,7 @@ class Request:
   batch_size: int
   normalized: bool = True
   get_cache: bool = False
+  few_shapes: bool = False
 
 
 class Options(TypedDict, total=False):
@@ -198,10 +201,15 @@ class Encoder:
     ):
       if not len(group):
         continue
-      if lengths[group].sum() <= LEAST_ROW:
-        length = round_up(int(lengths[group].sum()), LEAST_SINGLE_ROW)
+      total, longest = int(lengths[group].sum()), int(lengths[group].max())
+      if total <= LEAST_ROW:
+        length = round_up(total, LEAST_SINGLE_ROW)
+      elif request.few_shapes:
+        # All in one row, or in rows as long as they may be.
+        row = min(USUAL_ROW, request.batch_size * request.max_length)
+        length = round_up(max(longest, min(total, row)), LEAST_ROW)
       else:
-        length = round_length(int(lengths[group].max()))
+        length = round_length(longest)
       segments = length // TOKENS_A_TEXT
       packing = pack(lengths[group], length, segments)
       call = self._rows_a_call(length, request)

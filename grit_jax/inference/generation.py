@@ -162,7 +162,12 @@ class Generation:
   """
 
   def __init__(
-    self, model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+    self,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    rows: int = 0,
+    places: int = 0,
   ):
     """Reads the prompts, and chooses each text's first token.
 
@@ -170,11 +175,14 @@ class Generation:
       model: The decoder.
       tokenizer: Its tokenizer.
       prompts: They share a cache as long as the longest of them needs.
+      rows: Of the batch at least, and `places` of the cache: batches of one
+        size share their programs.
+      places: See `count_places`.
     """
     self.prompts = prompts
     self.texts = [Text(tokenizer, prompt) for prompt in prompts]
     self._model = model
-    self._batch = _Batch(model.config, prompts, tokenizer.eos)
+    self._batch = _Batch(model.config, prompts, tokenizer.eos, rows, places)
     # The rows that fill the batch up have ended before they begin.
     self._ended = np.arange(self._batch.rows) >= len(prompts)
     self._state, self._settings = self._batch.start(model)
@@ -254,19 +262,25 @@ def generate(
 class _Batch:
   """Prompts side by side, their ends at one place of the cache."""
 
-  def __init__(self, config: ModelConfig, prompts: Sequence[Prompt], eos: int):
+  def __init__(
+    self,
+    config: ModelConfig,
+    prompts: Sequence[Prompt],
+    eos: int,
+    rows: int,
+    places: int,
+  ):
     self.config, self.prompts, self.eos = config, prompts, eos
     self.mesh = jax.sharding.get_mesh()
     shards = row_shards(self.mesh)
-    self.rows = shards * round_up(-(-len(prompts) // shards))
+    self.rows = shards * round_up(-(-max(len(prompts), rows) // shards))
     self.longest = max(len(prompt.ids) for prompt in prompts)
-    # Another kind lets a token see later ones, which have to be there.
-    self.whole = generative_kind(config.attention) is not Kind.CAUSAL
+    self.whole = _reads_whole(config)
     self.chunks = split_prompt(self.longest, self.whole)
     self.padded = sum(self.chunks)
     self.end = max(self.padded, *(prompt.length for prompt in prompts))
     new = max(prompt.sampling.max_new_tokens for prompt in prompts)
-    self.places = round_places(self.end + new)
+    self.places = round_places(max(self.end + new, places))
 
   def start(self, model: Decoder) -> tuple[State, Settings]:
     """Reads the prompts, and chooses each row's first token."""
@@ -389,6 +403,23 @@ def split_prompt(tokens: int, whole: bool = False) -> list[int]:
   full, rest = (0, tokens) if whole else divmod(tokens, CHUNK)
   first = [max(LEAST_CHUNK, round_up(rest))] if rest else []
   return first + [CHUNK] * full
+
+
+def _reads_whole(config: ModelConfig) -> bool:
+  """Whether a prompt has to be one chunk: its tokens see later ones."""
+  return generative_kind(config.attention) is not Kind.CAUSAL
+
+
+def count_places(config: ModelConfig, prompt: int, new: int) -> int:
+  """Returns the places that are enough for shorter prompts and answers too.
+
+  Args:
+    config: Of the model.
+    prompt: Tokens of the prompt.
+    new: Tokens of the answer, which ends at the model's last position.
+  """
+  padded = sum(split_prompt(prompt, _reads_whole(config)))
+  return round_places(padded + min(new, config.max_positions))
 
 
 def round_places(count: int) -> int:

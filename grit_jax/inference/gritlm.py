@@ -145,6 +145,7 @@ class GritLM:
     add_special_tokens: bool = True,
     normalized: bool = True,
     show_progress_bar: bool | None = None,
+    few_shapes: bool = False,
   ) -> np.ndarray: ...
 
   @overload
@@ -167,6 +168,7 @@ class GritLM:
     add_special_tokens: bool = True,
     normalized: bool = True,
     show_progress_bar: bool | None = None,
+    few_shapes: bool = False,
   ) -> np.ndarray | tuple[np.ndarray, list[KVCache]]:
     r"""Embeds texts, of any mix of lengths.
 
@@ -181,6 +183,8 @@ class GritLM:
       add_special_tokens: Whether a text begins with BOS.
       normalized: Whether embeddings have length 1.
       show_progress_bar: None: from 256 texts on.
+      few_shapes: Whether calls have one of few shapes, with more padding: for
+        many small calls, of which each shape compiles a program.
 
     Returns:
       float32 [texts, D] in the order of the texts, or [D] of one text. An
@@ -204,6 +208,7 @@ class GritLM:
       batch_size,
       normalized,
       get_cache,
+      few_shapes,
     )
     if show_progress_bar is None:
       show_progress_bar = len(texts) >= LONG_WORK

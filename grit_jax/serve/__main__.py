@@ -7,7 +7,9 @@ import re
 import resource
 import socket
 import sys
+import time
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -15,14 +17,15 @@ from grit_jax import cli
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.inference import arguments
 from grit_jax.inference.encoding import cache_bytes
-from grit_jax.inference.generation import round_places
+from grit_jax.inference.generation import Generation, count_places
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.sampling import Sampling
 
 try:
   import uvicorn
 
   from grit_jax.serve.app import Limits, Service
-  from grit_jax.serve.batching import GENERATIONS
+  from grit_jax.serve.batching import GENERATIONS, list_rows
   from grit_jax.serve.connection import Connection
 except ModuleNotFoundError as error:
   sys.exit(f"grit_jax: error: {error}: pip install 'grit_jax[serve]'")
@@ -141,25 +144,52 @@ def bind(host: str, port: int) -> socket.socket:
   return taken
 
 
+def _count_memory(mesh: jax.sharding.Mesh) -> int:
+  """Returns the bytes of the devices' memory, or of the machine's."""
+  stats = [device.memory_stats() for device in mesh.devices.flat]
+  if all(stats):
+    return sum(found['bytes_limit'] for found in stats)
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
 def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
-  """Loads the model, and has it embed and answer once.
+  """Loads the model, and compiles what most requests take.
 
   Raises:
     UserError: what the flags name cannot be.
+    ConfigError: the caches do not fit.
   """
   model = arguments.load(flags)
   architecture = model.config.model
-  most = min(
-    limits.max_input_tokens + limits.max_new_tokens, architecture.max_positions
+  most = min(limits.max_input_tokens, architecture.max_positions)
+  places = count_places(architecture, most, limits.max_new_tokens)
+  tokens = GENERATIONS * limits.max_batch * places
+  size, room = tokens * cache_bytes(model.config), _count_memory(model.mesh)
+  caches = (
+    f'Caches of {GENERATIONS} batches of {limits.max_batch} chats take '
+    f'{size / 1e9:.2f} GB at most'
   )
-  tokens = GENERATIONS * limits.max_batch * round_places(most)
+  if size > room:
+    raise ConfigError(
+      f'{caches}, and there are {room / 1e9:.2f} GB: choose a smaller '
+      '--max_batch, --max_input_tokens or --max_new_tokens.'
+    )
+  logging.info('%s.', caches)
+  start = time.monotonic()
+  model.encode('Hello', few_shapes=True)
+  prompt = model.encode_prompt(
+    [{'role': 'user', 'content': 'Hello'}], Sampling(max_new_tokens=2)
+  )
+  batches = list_rows(limits.max_batch)
+  with jax.set_mesh(model.mesh):
+    for rows in batches:
+      chats = Generation(model.model, model.tokenizer, [prompt], rows, places)
+      chats.step(1)
   logging.info(
-    'Caches of %d batches of %d chats take %.2f GB at most.',
-    GENERATIONS, limits.max_batch, tokens * cache_bytes(model.config) / 1e9,
+    'Programs for batches of %s chats are compiled, in %.0f s; others are when '
+    'requests first need them.',
+    ', '.join(map(str, batches)), time.monotonic() - start,
   )  # fmt: skip
-  # What compiles for most requests does so before the first of them comes.
-  model.encode('Hello')
-  model.generate([[{'role': 'user', 'content': 'Hello'}]], max_new_tokens=2)
   return model
 
 

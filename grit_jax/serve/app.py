@@ -20,7 +20,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from grit_jax.inference.generation import Completion, Prompt
+from grit_jax.inference.generation import Completion, Prompt, count_places
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.serve import responses
 from grit_jax.serve.batching import Batcher, ChatJob, EmbeddingJob
@@ -87,9 +87,11 @@ class Service:
       max_input_tokens=min(limits.max_input_tokens, self._positions),
     )
     self._created = int(time.time())
+    most = self._limits.max_input_tokens
     self._batcher = Batcher(
-      model, limits.max_batch, limits.max_queue, self._limits.max_input_tokens
-    )
+      model, limits.max_batch, limits.max_queue, most,
+      count_places(architecture, most, limits.max_new_tokens),
+    )  # fmt: skip
     self.app = Starlette(
       routes=[
         Route('/health', self._show_health),

@@ -3,8 +3,10 @@
 Embeddings: as many texts of one instruction as a call of `GritLM.encode` has
 room for, of one request or of several. Chats: up to `max_batch` of those that
 wait begin side by side, each with its own settings; while they are answered, a
-second batch may begin. The thread goes from burst to burst, and while texts and
-chats both wait for it, each kind gets half of its time.
+second batch may begin. Texts and chats are padded to few shapes, so that there
+is an end of the programs that requests have compiled. The thread goes from
+burst to burst, and while texts and chats both wait for it, each kind gets half
+of its time.
 """
 
 import asyncio
@@ -31,10 +33,20 @@ from grit_jax.serve.requests import RequestError
 # Batches of chats at one time: when one has begun, what comes next does not
 # wait for its end.
 GENERATIONS = 2
+# A batch of chats has 1 row, so many times more, and so on up to `max_batch`.
+ROWS_FACTOR = 4
 # Seconds that one kind may have had more than the other while both wait.
 LEAD_SECONDS = 1.0
 # Seconds that `close` waits for the call that runs.
 CLOSE_SECONDS = 10
+
+
+def list_rows(max_batch: int) -> list[int]:
+  """Returns the rows that batches of chats have, the most at the end."""
+  rows = [1]
+  while rows[-1] < max_batch:
+    rows.append(min(rows[-1] * ROWS_FACTOR, max_batch))
+  return rows
 
 
 class Job:
@@ -108,7 +120,12 @@ class Batcher:
   """Runs jobs on the model, in a thread of its own."""
 
   def __init__(
-    self, model: GritLM, max_batch: int, max_queue: int, max_input_tokens: int
+    self,
+    model: GritLM,
+    max_batch: int,
+    max_queue: int,
+    max_input_tokens: int,
+    places: int,
   ):
     """Starts the thread.
 
@@ -117,8 +134,10 @@ class Batcher:
       max_batch: Chats side by side, and texts of `max_input_tokens` a call.
       max_queue: Jobs that wait to begin.
       max_input_tokens: The most tokens of a text.
+      places: Of the cache of a chat, enough for all.
     """
     self._model, self._max_batch = model, max_batch
+    self._places, self._rows = places, list_rows(max_batch)
     self._max_queue, self._max_input_tokens = max_queue, max_input_tokens
     self._embeddings: collections.deque[EmbeddingJob] = collections.deque()
     self._chats: collections.deque[ChatJob] = collections.deque()
@@ -240,6 +259,7 @@ class Batcher:
         max_length=self._max_input_tokens,
         batch_size=self._max_batch,
         show_progress_bar=False,
+        few_shapes=True,
       )
       start = 0
       for job, count in members:
@@ -257,7 +277,11 @@ class Batcher:
       with self._fail(chats):
         prompts = [job.prompt for job in chats]
         generation = Generation(
-          self._model.model, self._model.tokenizer, prompts
+          self._model.model,
+          self._model.tokenizer,
+          prompts,
+          next(rows for rows in self._rows if rows >= len(chats)),
+          self._places,
         )
         self._running.append((generation, chats))
         self._hand_over(generation, chats)

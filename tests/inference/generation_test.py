@@ -272,6 +272,31 @@ def test_programs_are_shared_by_prompts_of_like_lengths(model: GritLM):
   assert count() == before
 
 
+def test_batches_of_one_size_share_programs_whatever_is_in_them(model: GritLM):
+  def count() -> int:
+    kind = model.mesh.devices.flat[0].device_kind
+    return generation._decode.of_kind(kind)._cache_size()
+
+  places = generation.count_places(MODEL, 300, 40)
+  compiled = 0
+  for number, prompts in enumerate(([PROMPTS[0]], PROMPTS, [LONG, LONG * 3])):
+    settings = Sampling(max_new_tokens=4 + 18 * number)
+    encoded = [model.encode_prompt(prompt, settings) for prompt in prompts]
+    compiled -= count()
+    with jax.set_mesh(model.mesh):
+      batch = generation.Generation(
+        model.model, model.tokenizer, encoded, 4, places
+      )
+      while not batch.done:
+        batch.step(generation.BURST)
+    compiled += count()
+    found = [batch.complete(row).text for row in range(len(prompts))]
+    assert found == model.generate(
+      prompts, max_new_tokens=settings.max_new_tokens
+    )
+  assert compiled == 1
+
+
 def test_a_long_prompt_is_read_as_few_more_tokens_than_it_has():
   shapes = set()
   for tokens in range(1, 3000):

@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from grit_jax import GritLM
 from grit_jax.config import Config, MeshConfig
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
-from grit_jax.data.formats import FormatError
+from grit_jax.data.formats import EmbeddingText, FormatError
 from grit_jax.errors import ConfigError
 from grit_jax.inference.encoding import LEAST_ROW, Request, round_length
 from grit_jax.initial import load_model, open_initial
@@ -111,6 +111,26 @@ def test_few_tokens_have_a_short_row(model: GritLM, count: int):
   # Not of the module's own constants: they are what is tested.
   assert rows.tokens.size < max(2 * tokens, 32)
   assert (rows.segments > 0).sum() == tokens
+
+
+def test_few_shapes_are_few_for_any_mix_of_lengths(model: GritLM):
+  request = Request('', 2048, 16, few_shapes=True)
+  rng = np.random.default_rng(0)
+  shapes = set()
+  with jax.set_mesh(model.mesh):
+    for _ in range(200):
+      most = 2 ** rng.integers(4, 12)
+      texts = [
+        EmbeddingText(np.ones(length, np.int32), 0)
+        for length in rng.integers(8, most, rng.integers(1, 32), endpoint=True)
+      ]
+      for members, _, rows, segments in model._encoder._pack(texts, request):
+        tokens = sum(len(texts[i].ids) for i in members)
+        assert (rows.segments > 0).sum() == tokens
+        assert rows.tokens.size <= 16 * 2048
+        shapes.add((rows.tokens.shape, segments))
+  # 1 row of 16 to 1024 tokens, or 1 to 16 rows of 2048.
+  assert len(shapes) == 7 + 5
 
 
 def test_rows_are_little_longer_than_their_longest_text():

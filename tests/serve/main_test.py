@@ -193,6 +193,16 @@ def test_the_file_of_a_key_is_read_as_editors_write_it(
     read_key(f'--api_key_file={tmp_path}/no_key')
 
 
+def test_caches_that_do_not_fit_are_refused_before_they_are_made(
+  workdir: pathlib.Path,
+):
+  flags = [f'--model={workdir}', '--port=0', f'--max_batch={2**31 - 1}']
+  with pytest.raises(
+    ConfigError, match='GB at most, and there are .*max_batch'
+  ):
+    serve(make_parser().parse_args(flags))
+
+
 def test_connections_are_no_more_than_files_may_be_open(
   caplog: pytest.LogCaptureFixture,
 ):
