@@ -271,7 +271,8 @@ def serve(flags: argparse.Namespace) -> None:
   limits = Limits(**{name: getattr(flags, name) for name in _LIMITS})
   try:
     taken = bind(flags.host, flags.port)
-  except OSError as error:
+  # Not OSError: a host that cannot be a name at all.
+  except (OSError, TypeError, ValueError) as error:
     raise ConfigError(
       f'--host={flags.host} --port={flags.port}: {error}'
     ) from error

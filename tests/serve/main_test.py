@@ -24,6 +24,7 @@ from grit_jax.config import Config  # noqa: E402
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.models import presets  # noqa: E402
 from grit_jax.serve.__main__ import (  # noqa: E402
+  _LIMITS,
   BACKLOG,
   KEY_VARIABLE,
   MAX_KEY_LENGTH,
@@ -123,6 +124,30 @@ def test_an_address_is_taken_before_the_model_loads():
   for _ in range(2):
     with pytest.raises(UserError, match='no_model'):
       serve(make_parser().parse_args(flags))
+
+
+@pytest.mark.parametrize(
+  'host', ['ü' * 300, 'a\udcff', 'a\0b', '.', 'a' * 300, '::::', '192.0.2.1']
+)
+def test_a_host_that_cannot_be_is_named(host: str):
+  flags = make_parser().parse_args(
+    ['--model=no_model', '--port=0', f'--host={host}']
+  )
+  with pytest.raises(
+    ConfigError, match=f'--host={re.escape(host)} --port=0: .'
+  ):
+    serve(flags)
+
+
+@pytest.mark.parametrize('name', [*_LIMITS, 'stop_seconds', 'port'])
+def test_a_number_is_refused_beyond_its_range(name: str):
+  low, high = (0, 2**16 - 1) if name == 'port' else (1, 2**31 - 1)
+  for text in (str(low - 1), str(high + 1), '9' * 5000, '1e3', '', ' ', 'x'):
+    with pytest.raises(ConfigError, match=f'--{name}'):
+      make_parser().parse_args(['--model=m', f'--{name}={text}'])
+  for number in (low, high):
+    flags = make_parser().parse_args(['--model=m', f'--{name}={number}'])
+    assert getattr(flags, name) == number
 
 
 @pytest.fixture
