@@ -38,7 +38,9 @@ REQUIREMENTS = [
 # JAX that Python 3.11 and 3.12 get. `jax[tpu]` asks for older ones.
 LIBTPU = 'libtpu==0.0.52'
 
-SERVE = ['starlette>=1.10', 'uvicorn>=0.54']
+# uvicorn takes an older h11 too, which does not check the ends of chunks:
+# behind some proxies a request can be smuggled in another (CVE-2025-43859).
+SERVE = ['h11>=0.16', 'starlette>=1.10', 'uvicorn>=0.54']
 
 EXTRAS = {
   # PyTorch and the tools that exports are for are in tests alone, as the
