@@ -99,9 +99,6 @@ def test_it_serves_until_a_signal_and_ends_what_runs(workdir: pathlib.Path):
 @pytest.mark.parametrize(
   'flag, reason',
   [
-    ('--max_batch=0', "'0' is not a number from 1 to"),
-    ('--max_queue=x', "'x' is not a number from 1 to"),
-    ('--port=65536', "'65536' is not a port"),
     ('--host=', 'argument --host: it is empty'),
     ('--api_key=', 'argument --api_key: it is empty'),
     ('--mesh=rows=2', 'rows'),
