@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -204,6 +205,26 @@ def check_checksums(folder: pathlib.Path) -> None:
 def hash_json(value: Any) -> str:
   """Returns the SHA-256 of a value as JSON, whatever the order of its keys."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_file(path: epath.PathLike) -> None:
+  """Refuses a folder, pipe, device or socket in place of a file.
+
+  Opening a pipe would wait for ever, and a device may have no end. A path where
+  nothing is passes: who opens it says so.
+
+  Raises:
+    UserError: it is none; the message names it.
+  """
+  if not is_local(path):
+    return
+  try:
+    mode = os.stat(path).st_mode
+  except OSError:
+    return
+  if not stat.S_ISREG(mode):
+    kind = 'a folder' if stat.S_ISDIR(mode) else 'a pipe, device or socket'
+    raise UserError(f'{path}: {kind}, expected a regular file.')
 
 
 def is_local(path: epath.PathLike) -> bool:

@@ -1,22 +1,28 @@
 """Lines of text files, plain or compressed, and how far they are read."""
 
+import functools
 import gzip
 import io
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import zstandard
 from etils import epath
 
+from grit_jax.data import records
 from grit_jax.data.records import RecordError
+from grit_jax.files import check_file
+
+# Of a line, or a document: a few bytes of a compressed file may be any number.
+MAX_BYTES = 16 << 20
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst')
 
 _UTF8_MARK = b'\xef\xbb\xbf'
 _UTF16_MARKS = (b'\xff\xfe', b'\xfe\xff')
-# A compressed block may hold a thousand times as much text.
-_ZSTD_BLOCK = 1 << 16
+# A compressed block may hold thirty thousand times as much text.
+_ZSTD_BLOCK = 1 << 12
 # As much as `zstd --long=31` asks for.
 _ZSTD_WINDOW = 1 << 31
 
@@ -39,12 +45,23 @@ def read_lines(path: epath.Path) -> Iterator[tuple[bytes, int]]:
     A line without its end, and how many bytes of the file have been read.
 
   Raises:
-    RecordError: The file is not whole, or not UTF-8 as a whole.
+    RecordError: The file is not whole, or not UTF-8 as a whole, or a line is
+      longer than `MAX_BYTES`.
+    UserError: It is no regular file.
   """
+  check_file(path)
   with path.open('rb') as file:
     try:
-      for number, line in enumerate(_decompress(file, path.name)):
-        if not number:
+      read = functools.partial(
+        _decompress(file, path.name).readline, MAX_BYTES + 1
+      )
+      for number, line in enumerate(iter(read, b''), 1):
+        if len(line) > MAX_BYTES:
+          raise RecordError(
+            f'{path}:{number}: the line is longer than {MAX_BYTES >> 20} MiB; '
+            'cut it into several'
+          )
+        if number == 1:
           line = _check_encoding(line, path)
         yield line.rstrip(b'\r\n'), file.tell()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -53,7 +70,28 @@ def read_lines(path: epath.Path) -> Iterator[tuple[bytes, int]]:
       raise RecordError(f'{path}: not a whole zstd file: {error}') from error
 
 
-def _decompress(file: BinaryIO, name: str) -> Iterable[bytes]:
+def read_text(path: epath.Path) -> str:
+  """Reads a UTF-8 text by the rules of `read_lines`.
+
+  Raises:
+    RecordError: As `read_lines`; also the whole is longer than `MAX_BYTES`, or
+      a line is no text.
+  """
+  texts, size = [], 0
+  for number, (line, _) in enumerate(read_lines(path), 1):
+    where = f'{path}:{number}'
+    size += len(line) + 1
+    if size > MAX_BYTES + 1:
+      raise RecordError(
+        f'{path}: the document is longer than {MAX_BYTES >> 20} MiB; cut it '
+        'into several'
+      )
+    text = records.decode(line, where)
+    texts.append(records.check_string(text, 'the line', where, blank=True))
+  return '\n'.join(texts)
+
+
+def _decompress(file: BinaryIO, name: str) -> BinaryIO | io.BufferedIOBase:
   if name.endswith('.gz'):
     return gzip.open(file)
   if name.endswith('.zst'):

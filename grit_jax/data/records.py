@@ -176,6 +176,20 @@ def _parse_record(line: str | bytes, where: str) -> Record:
   )
 
 
+def decode(line: bytes, where: str) -> str:
+  """Returns a line as text.
+
+  Raises:
+    RecordError: It is not UTF-8; the message begins with `where`.
+  """
+  try:
+    return line.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise RecordError(
+      f'{where}: not UTF-8: {error.reason} at byte {error.start}', NOT_UTF8
+    ) from error
+
+
 def parse_json(line: str | bytes, where: str) -> Any:
   """Returns what a line holds.
 
@@ -183,12 +197,7 @@ def parse_json(line: str | bytes, where: str) -> Any:
     RecordError: It is not JSON in UTF-8; the message begins with `where`.
   """
   if isinstance(line, bytes):
-    try:
-      line = line.decode('utf-8')
-    except UnicodeDecodeError as error:
-      raise RecordError(
-        f'{where}: not UTF-8: {error.reason} at byte {error.start}', NOT_UTF8
-      ) from error
+    line = decode(line, where)
   if not line.strip():
     raise RecordError(
       f'{where}: the line is empty, expected a JSON object', NOT_JSON

@@ -5,6 +5,9 @@ A source is a `.txt` or `.md` file, a `.jsonl` file of documents as
 all such files are read. What is longer than a passage may be is cut between
 paragraphs; a long paragraph between lines, a long line between words.
 
+Of a folder, what is hidden, leads out of it, or is no regular file is left out
+and counted. An image that a text embeds as a data URI is dropped and counted.
+
 A passage knows where it comes from: its id is `notes/plan.md:17`, the file and
 the line that it begins in. A document of JSON lines that has an id keeps it,
 with the passage's number behind `#` from the second on.
@@ -17,15 +20,17 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
 from grit_jax.data import lines, records
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.files import new_file, writing
+from grit_jax.files import check_file, new_file, writing
 from grit_jax.inference.corpus import parse_document
 from grit_jax.inference.gritlm import join_title
 from grit_jax.inference.shards import Document
@@ -33,6 +38,10 @@ from grit_jax.inference.shards import Document
 TEXT_SUFFIXES = ('.txt', '.md')
 # Where a text may be cut, the best first: paragraphs, lines, words, characters.
 _CUTS = (re.compile(r'\n\s*\n'), re.compile(r'\n'), re.compile(r'\s+'), None)
+# Shorter ones may be an example in a text.
+_DATA_URI = re.compile(
+  r'data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*,[^\s()<>"\']{100,}'
+)
 # Tokens that a title has to leave for the text.
 _LEAST_TEXT = 16
 
@@ -59,15 +68,16 @@ def find_files(sources: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
 
   Raises:
     FileNotFoundError: A source is missing.
-    RecordError: A file is of no kind that is read, or there is none at all.
+    UserError: A source is a pipe, device or socket.
+    RecordError: A file is of no kind that is read, has a name that is not
+      UTF-8, or there is none at all.
   """
   found: list[pathlib.Path] = []
-  others = 0
+  left_out: collections.Counter[str] = collections.Counter()
   for source in map(pathlib.Path, sources):
+    _check_name(source)
     if source.is_dir():
-      inside = sorted(path for path in source.rglob('*') if path.is_file())
-      found += filter(_is_read, inside)
-      others += sum(not _is_read(path) for path in inside)
+      found += _search(source, left_out)
     elif not source.exists():
       raise FileNotFoundError(f'{source}: there is no such file or folder')
     elif not _is_read(source):
@@ -76,16 +86,65 @@ def find_files(sources: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
         'folder of such files'
       )
     else:
+      check_file(source)
       found.append(source)
   if not found:
     raise RecordError(f'{", ".join(map(str, sources))}: no documents in there')
   # A file that is named twice, or by itself and in its folder, is read once.
   found = list(dict.fromkeys(found))
-  logging.info(
-    '%d files are read; %d of other kinds in the folders are not.',
-    len(found), others,
-  )  # fmt: skip
+  logging.info('%d files are read.', len(found))
+  for what, count in sorted((+left_out).items()):
+    logging.info('%d left out of the folders: %s.', count, what)
   return found
+
+
+def _search(
+  folder: pathlib.Path, left_out: collections.Counter[str]
+) -> Iterator[pathlib.Path]:
+  """Yields the files of a folder that are read; counts what is left out."""
+  inside = []
+  for place, folders, names in os.walk(folder, onerror=_refuse):
+    links = [name for name in folders if os.path.islink(f'{place}/{name}')]
+    hidden = [name for name in folders if name.startswith('.')]
+    left_out['hidden'] += len(hidden)
+    folders[:] = set(folders) - {*links, *hidden}
+    links = [name for name in links if name not in hidden]
+    inside += [pathlib.Path(place, name) for name in names + links]
+  root = os.path.realpath(folder)
+  for path in sorted(inside):
+    if path.name.startswith('.'):
+      left_out['hidden'] += 1
+    elif path.is_dir() or not _is_below(path, root):
+      left_out['links to folders or out of them'] += 1
+    elif not path.is_file():
+      left_out['pipes, devices, sockets or broken links'] += 1
+    elif not _is_read(path):
+      left_out['of other kinds'] += 1
+    else:
+      _check_name(path)
+      yield path
+
+
+def _is_below(path: pathlib.Path, root: str) -> bool:
+  return pathlib.Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def _refuse(error: OSError) -> NoReturn:
+  raise error
+
+
+def _check_name(path: pathlib.Path) -> None:
+  """Checks that a path can be the id of a document.
+
+  Raises:
+    RecordError: It is not UTF-8.
+  """
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise RecordError(
+      f'{str(path)!a}: the name is not UTF-8; rename it'
+    ) from error
 
 
 def _is_read(path: pathlib.Path) -> bool:
@@ -96,15 +155,10 @@ def read_documents(path: pathlib.Path) -> Iterator[Whole]:
   """Reads the documents of a file.
 
   Raises:
-    RecordError: It is not UTF-8, or a line is no document.
+    RecordError: It is not UTF-8, too long, or a line is no document.
   """
   if path.suffix in TEXT_SUFFIXES:
-    try:
-      text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-      raise RecordError(
-        f'{path}: not UTF-8: {error.reason} at byte {error.start}'
-      ) from error
+    text = lines.read_text(epath.Path(path))
     yield Whole(str(path), True, path.name, text)
     return
   source = FileSource(path)
@@ -152,7 +206,10 @@ def write_passages(
     with new_file(target, 'w', encoding='utf-8') as file:
       for path in tqdm(files, desc='Reading', unit=' files'):
         for document in read_documents(path):
+          text, count = _DATA_URI.subn('', document.text)
+          document = dataclasses.replace(document, text=text)
           counts['documents'] += 1
+          counts['images'] += count
           counts['blank'] += not document.text.strip()
           for passage, length in cut(document, tokenizer, max_length, prefix):
             name = passage['id']
@@ -169,8 +226,9 @@ def write_passages(
     raise RecordError(f'{files[0]}: no text in it, nor in the other files')
   logging.info(
     '%d documents are %d passages of %d tokens in all; %d documents are blank, '
-    'and left out.',
+    'and left out; %d embedded data URIs are dropped.',
     counts['documents'], len(lengths), sum(lengths), counts['blank'],
+    counts['images'],
   )  # fmt: skip
   return lengths
 
@@ -233,8 +291,9 @@ def _cut(
   spans: list[tuple[int, int]] = []
   room = 0
   for (start, stop), ids in zip(parts, counts, strict=True):
-    if len(ids) > budget:
-      spans += _cut(text, (start, stop), tokenizer, budget, level + 1)
+    if len(ids) > budget and stop - start > 1:
+      finer = min(level + 1, len(_CUTS) - 1)
+      spans += _cut(text, (start, stop), tokenizer, budget, finer)
       room = 0
     elif len(ids) <= room:
       spans[-1] = (spans[-1][0], stop)
@@ -252,7 +311,9 @@ def _split(
   start, stop = span
   cut = _CUTS[level]
   if cut is None:
-    return [(i, i + 1) for i in range(start, stop)]
+    # In halves, again and again: a token a character would fill the memory.
+    middle = (start + stop) // 2
+    return [(start, middle), (middle, stop)]
   ends = [match.end() for match in cut.finditer(text, start, stop)]
   bounds = sorted({start, *ends, stop})
   return list(zip(bounds, bounds[1:], strict=False))

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import pathlib
+import resource
 
 import pytest
 import zstandard
@@ -10,6 +12,7 @@ from etils import epath
 
 from grit_jax.data import lines, records
 from grit_jax.data.records import RecordError
+from grit_jax.errors import UserError
 
 # What may stand in a text: what ends lines elsewhere, what is written with two
 # surrogates, combined, joined, from right to left, or in a plane of its own.
@@ -47,6 +50,26 @@ def test_a_line_longer_than_any_buffer_is_read_whole(tmp_path):
     path = tmp_path / f'a{suffix}'
     path.write_bytes(compress(line + b'\n\n' + line))
     assert read(path) == [line, b'', line]
+
+
+def test_a_line_that_would_fill_the_memory_is_refused_early(tmp_path):
+  bomb = b'x\n' + b'0' * (300 << 20)
+  for suffix, compress in COMPRESS.items():
+    if suffix != '.jsonl':
+      path = tmp_path / f'a{suffix}'
+      path.write_bytes(compress(bomb))
+      before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+      with pytest.raises(RecordError, match=f'^{path}:2: .* longer than 16 M'):
+        read(path)
+      peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+      assert peak - before < 300 << 10  # Kilobytes.
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  os.mkfifo(path)
+  with pytest.raises(UserError, match=f'^{path}: a pipe, device or socket'):
+    read(path)
 
 
 @pytest.mark.parametrize('suffix', ['.jsonl.gz', '.jsonl.zst'])

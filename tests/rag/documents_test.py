@@ -1,10 +1,14 @@
 import json
+import logging
+import os
+import socket
 
 import pytest
 
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
 from grit_jax.data.tokenizer import make_tokenizer
+from grit_jax.errors import UserError
 from grit_jax.inference.corpus import read_documents as read_corpus
 from grit_jax.rag.documents import find_files, write_passages
 
@@ -93,7 +97,16 @@ def test_folders_and_json_lines_are_read_and_the_rest_left(tmp_path, tokenizer):
   ('name', 'content', 'message'),
   [
     ('a.pdf', b'text', r'a\.pdf: expected \.txt'),
-    ('a.txt', b'caf\xe9 au lait', 'a.txt: not UTF-8: .* at byte 3'),
+    ('a.txt', b'caf\xe9 au lait', 'a.txt:1: not UTF-8: .* at byte 3'),
+    ('a.md', b'one\n\0two', 'a.md:2: .* null character at 0'),
+    ('a.txt', 'text'.encode('utf-16'), 'a.txt: the file is UTF-16'),
+    ('a.txt', b'x' * (16 << 20) + b'x', 'a.txt:1: the line is longer than 16'),
+    (
+      'a.txt',
+      (b'x' * 999 + b'\n') * 17_000,
+      'a.txt: the document is longer than',
+    ),
+    (b'caf\xe9.txt', b'text', r'caf\\udce9.txt.: the name is not UTF-8'),
     ('a.txt', b' \n', 'a.txt: no text in it'),
     ('a.jsonl', b'{"title": "x"}\n', 'a.jsonl:1: "text" is missing'),
     (
@@ -105,9 +118,83 @@ def test_folders_and_json_lines_are_read_and_the_rest_left(tmp_path, tokenizer):
   ],
 )
 def test_faults_are_named(tmp_path, tokenizer, name, content, message):
+  name = os.fsdecode(name)
   (tmp_path / name).write_bytes(content)
   with pytest.raises(RecordError, match=message):
     write([tmp_path / name], tmp_path / 'out' / 'o.jsonl', tokenizer)
+
+
+def test_what_is_hidden_elsewhere_or_no_file_is_left_out_and_counted(
+  tmp_path, caplog, monkeypatch
+):
+  place, outside = tmp_path / '.docs', tmp_path / 'outside'
+  for folder in place / '.git', place / 'deep', outside:
+    folder.mkdir(parents=True)
+    (folder / 'a.txt').write_text('Text.')
+  (place / '.git' / 'b.txt').write_text('Text.')
+  (place / '._a.md').write_bytes(b'\0\5\x16\7')
+  (place / 'inside.txt').symlink_to('deep/a.txt')
+  (place / 'outside.txt').symlink_to(outside / 'a.txt')
+  (place / 'outside').symlink_to(outside)
+  (place / 'loop.txt').symlink_to('loop.txt')
+  (place / 'broken.txt').symlink_to('nowhere.txt')
+  (place / 'device.txt').symlink_to('/dev/zero')
+  os.mkfifo(place / 'pipe.txt')
+  with socket.socket(socket.AF_UNIX) as server:
+    monkeypatch.chdir(place)  # The path of a socket is at most 107 bytes.
+    server.bind('socket.txt')
+  (place / 'image.png').write_bytes(b'\x89PNG')
+  with caplog.at_level(logging.INFO):
+    found = find_files([place])
+  assert found == [place / 'deep' / 'a.txt', place / 'inside.txt']
+  left_out = [m for m in caplog.messages if 'left out' in m]
+  assert left_out == [
+    '2 left out of the folders: hidden.',
+    '3 left out of the folders: links to folders or out of them.',
+    '1 left out of the folders: of other kinds.',
+    '4 left out of the folders: pipes, devices, sockets or broken links.',
+  ]
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'device'])
+def test_a_source_that_is_no_file_is_named(tmp_path, kind):
+  path = tmp_path / 'a.txt'
+  if kind == 'pipe':
+    os.mkfifo(path)
+  else:
+    path.symlink_to('/dev/zero')
+  with pytest.raises(UserError, match='a.txt: a pipe, device or socket'):
+    find_files([path])
+
+
+def test_embedded_images_and_marks_are_dropped(tmp_path, tokenizer):
+  path = tmp_path / 'a.md'
+  image = f'![tower](data:image/png;base64,{"QUJD" * 100_000}=)'
+  short = 'Write data:text/plain,hello for a text.'
+  path.write_text(f'First.\n\n{image}\n\n{short}', encoding='utf-8-sig')
+  lengths, passages = write([path], tmp_path / 'o.jsonl', tokenizer, 100)
+  text = '\n\n'.join(['First.', '![tower]()', short])
+  assert [passage['text'] for passage in passages] == [text]
+  assert passages[0]['id'] == f'{path}:1'
+
+
+def test_a_long_word_is_cut_without_a_call_a_character(tmp_path, tokenizer):
+  """Each character by itself took 600 bytes."""
+  text = 'x' * 100_000
+  (tmp_path / 'a.txt').write_text(text)
+  counted = []
+
+  class Counting:
+    def encode_batch(self, texts):
+      counted.extend(texts)
+      return tokenizer.encode_batch(texts)
+
+    def encode_parts_batch(self, parts):
+      return tokenizer.encode_parts_batch(parts)
+
+  _, passages = write([tmp_path / 'a.txt'], tmp_path / 'o.jsonl', Counting())
+  assert ''.join(passage['text'] for passage in passages) == text
+  assert len(counted) < len(text) / 4
 
 
 def test_a_missing_source_is_named(tmp_path):
