@@ -152,6 +152,7 @@ def hash_file(path: str | os.PathLike) -> str:
   Raises:
     UserError: it is missing, or cannot be read.
   """
+  check_file(path)
   try:
     with open(path, 'rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -225,6 +226,60 @@ def check_file(path: epath.PathLike) -> None:
   if not stat.S_ISREG(mode):
     kind = 'a folder' if stat.S_ISDIR(mode) else 'a pipe, device or socket'
     raise UserError(f'{path}: {kind}, expected a regular file.')
+
+
+def load_json(path: epath.PathLike) -> Any:
+  """Returns what a JSON file, local or gs://, holds.
+
+  Raises:
+    UserError: it is missing, or no JSON; the message names it.
+  """
+  check_file(path)
+  try:
+    return json.loads(epath.Path(path).read_bytes())
+  except FileNotFoundError as error:
+    raise UserError(f'{path} does not exist.') from error
+  except OSError as error:
+    raise UserError(
+      f'{path}: cannot be read: {error.strerror or error}.'
+    ) from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON: {error}') from error
+
+
+def read_json(path: epath.PathLike, /, **keys: Any) -> dict[str, Any]:
+  """Returns the object that a JSON file holds; see `check_keys`.
+
+  Raises:
+    UserError: it is missing, no JSON, or lacks a key.
+  """
+  return check_keys(load_json(path), str(path), **keys)
+
+
+def check_keys(value: Any, where: str, /, **keys: Any) -> dict[str, Any]:
+  """Checks an object of JSON.
+
+  Args:
+    value: the object.
+    where: its file and place, for messages.
+    **keys: what it must have, and the type of each, such as `int | None`.
+
+  Raises:
+    UserError: it is no object, or a key is missing or of another type.
+  """
+  if not isinstance(value, dict):
+    raise UserError(f'{where} is not a JSON object.')
+  for key, kind in keys.items():
+    found = value.get(key)
+    # To Python a boolean is a number too.
+    if not isinstance(found, kind) or isinstance(found, bool) > (kind is bool):
+      name = getattr(kind, '__name__', kind)
+      raise UserError(
+        f'{where}: {key!r} is {found!r:.60}, expected {name}.'
+        if key in value
+        else f'{where}: {key!r} is missing.'
+      )
+  return value
 
 
 def is_local(path: epath.PathLike) -> bool:

@@ -8,6 +8,7 @@ adapters is read as one of its base with them added.
 import abc
 import dataclasses
 import hashlib
+import math
 import operator
 from collections.abc import Mapping
 
@@ -123,6 +124,7 @@ class _CheckpointModel(InitialModel):
     self.model = configuration.from_dict(checkpoint.read_config()).model
     self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
     self._checkpoint = checkpoint
+    check_size(checkpoint, self.model)
     found = _find_arrays(checkpoint, keys.weight_shapes(self.model))
     self.dtype = str(found['final_norm'].dtype)
 
@@ -221,6 +223,28 @@ def check_base(checkpoint: Checkpoint, base: InitialModel) -> None:
     raise UserError(
       f'{checkpoint.folder} has adapters of {named["init_from"]}, and '
       f'{base.where} has other weights than that had.'
+    )
+
+
+def check_size(checkpoint: Checkpoint, model: ModelConfig) -> None:
+  """Refuses a configuration of more layers than the arrays have.
+
+  The shapes of a billion layers would take hours and all of the memory.
+
+  Raises:
+    UserError: the arrays contradict the configuration.
+  """
+  sizes = [
+    array.shape
+    for path, array in checkpoint.types().items()
+    if path.startswith(f'{MODEL}/blocks/')
+  ]
+  layers = {shape[:1] for shape in sizes}
+  largest = max((math.prod(shape) for shape in sizes), default=0)
+  if layers != {(model.num_layers,)} or model.num_experts > largest:
+    raise UserError(
+      f'{checkpoint.folder}: the weights are not those of its configuration, '
+      f'which has model.num_layers={model.num_layers}.'
     )
 
 

@@ -17,6 +17,7 @@ from grit_jax.checkpoint import flatten
 from grit_jax.config import Config, DataConfig, ModelConfig
 from grit_jax.convert import hf_config, keys
 from grit_jax.convert.from_hf import from_hf
+from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.initial import load_model, open_initial, take_architecture
@@ -234,3 +235,18 @@ def test_what_is_no_model_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
   with pytest.raises(UserError, match='bert'):
     open_initial(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['num_layers', 'num_experts'])
+def test_a_checkpoint_that_says_a_billion_layers_is_refused(
+  sources, tmp_path, name
+):
+  run = tmp_path / 'run'
+  shutil.copytree(sources('checkpoint'), run)
+  path = run / 'config' / 'config.json'
+  values = json.loads(path.read_text())
+  values['model'][name] = 10**9
+  path.write_text(json.dumps(values))
+  for read in open_initial, lambda run: to_hf(run, tmp_path / 'hf'):
+    with pytest.raises(UserError, match='weights are not those of its config'):
+      read(run)

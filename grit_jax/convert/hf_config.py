@@ -5,7 +5,6 @@ that means something the decoder cannot do is refused, and one that nobody reads
 is named.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from etils import epath
 
 from grit_jax.config import ModelConfig, RotaryScalingConfig
 from grit_jax.errors import ConfigError, UserError
+from grit_jax.files import read_json
 
 CONFIG_FILE = 'config.json'
 
@@ -92,16 +92,7 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
   Raises:
     UserError: there is none, or it is not a JSON object.
   """
-  path = epath.Path(folder) / CONFIG_FILE
-  try:
-    config = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise UserError(f'{path} does not exist.') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON: {error}') from error
-  if not isinstance(config, dict):
-    raise UserError(f'{path} is not a JSON object.')
-  return config
+  return read_json(epath.Path(folder) / CONFIG_FILE)
 
 
 def to_model(config: Mapping[str, Any], where: str) -> ModelConfig:

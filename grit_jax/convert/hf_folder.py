@@ -5,12 +5,10 @@ nothing is skipped, guessed or drawn at random.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
 from collections import Counter
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +28,7 @@ from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
 from grit_jax.convert.safetensors_reader import StoredTensor, find_tensors
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
 from grit_jax.errors import ConfigError, UserError
+from grit_jax.files import check_keys, load_json, read_json
 from grit_jax.models.attention import rotary_frequencies
 
 # Our exports have it: the run's whole configuration, as JSON.
@@ -75,6 +74,7 @@ class HfFolder:
     self.path = _local(folder)
     model, run = _read_model(self.path)
     stored = find_tensors(self.path)
+    _check_size(self.path, model, stored)
     _take_out_extras(self.path, model, stored)
     _check_names(self.path, keys.tensors(model), stored)
     if model.projection_dim:
@@ -176,8 +176,9 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Config]:
         'that says what it is of.'
       )
     return hf_config.to_model(config, where), Config()
+  fields = read_json(path)
   try:
-    run = configuration.from_dict(json.loads(path.read_text()))
+    run = configuration.from_dict(fields)
   except (ValueError, AttributeError, ConfigError) as error:
     raise UserError(
       f'{path} is not the configuration of a run: {error}'
@@ -215,10 +216,13 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
   """
   path = folder / MODULES_FILE
   if path.exists():
+    modules = load_json(path)
+    if not isinstance(modules, list):
+      raise UserError(f'{path} is not a JSON list.')
+    for number, module in enumerate(modules):
+      check_keys(module, f'{path}: module {number}', path=str, type=str)
     names = [
-      module['path']
-      for module in _read_json(path, list)
-      if module['type'].endswith('.Dense')
+      module['path'] for module in modules if module['type'].endswith('.Dense')
     ]
   else:
     names = [PROJECTION_FOLDER] * (folder / PROJECTION_FOLDER).is_dir()
@@ -230,24 +234,31 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
       f'{PROJECTION_FOLDER} can be converted.'
     )
   path = folder / PROJECTION_FOLDER / hf_config.CONFIG_FILE
-  config = _read_json(path, dict)
+  config = read_json(path, in_features=int, out_features=int)
   activation = str(config.get('activation_function'))
   if not activation.endswith('.Identity') or config.get('bias') is not True:
     raise UserError(
       f'{path}: activation_function={activation}, bias={config.get("bias")}: '
       'a projection is linear (Identity) with a bias.'
     )
-  return config.get('in_features'), config.get('out_features')
+  return config['in_features'], config['out_features']
 
 
-def _read_json(path: pathlib.Path, kind: type) -> Any:
-  try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} cannot be read: {error}') from error
-  if not isinstance(value, kind):
-    raise UserError(f'{path} is not a JSON {kind.__name__}.')
-  return value
+def _check_size(
+  folder: pathlib.Path, model: ModelConfig, stored: dict[str, StoredTensor]
+) -> None:
+  """Refuses a model of more layers than there are tensors.
+
+  A table of a billion layers would take hours and all of the memory.
+  """
+  least = model.num_layers * max(model.num_experts, 1)
+  if least > len(stored):
+    raise UserError(
+      f'{folder}: {hf_config.CONFIG_FILE} has '
+      f'num_hidden_layers={model.num_layers}'
+      + f' of {model.num_experts} experts each' * bool(model.num_experts)
+      + f', and the files have {len(stored)} tensors in all.'
+    )
 
 
 def _take_out_extras(

@@ -1,13 +1,13 @@
 """Reads a folder's safetensors files, a part of a tensor at a time."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grit_jax.errors import UserError
+from grit_jax.files import check_file, check_keys, read_json
 
 ONE_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
@@ -105,11 +105,9 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   Raises:
     UserError: it is no index, or names a file that is not in the folder.
   """
-  try:
-    files = json.loads(path.read_text())['weight_map']
-    names = sorted(set(files.values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{path} is no index: {error!r}.') from error
+  files = read_json(path, weight_map=dict)['weight_map']
+  check_keys(files, f'{path}: weight_map', **dict.fromkeys(files, str))
+  names = sorted(set(files.values()))
   present = {file.name for file in path.parent.iterdir()}
   missing = [name for name in names if name not in present]
   if missing:
@@ -140,6 +138,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
     UserError: the file is damaged, or has another dtype.
   """
   tensors = []
+  check_file(path)
   try:
     with safe_open(path, 'numpy') as file:
       for name in file.keys():  # noqa: SIM118 (it is no dict)

@@ -48,7 +48,7 @@ from grit_jax.data.tokenizer import (
 )
 from grit_jax.errors import UserError
 from grit_jax.files import new_folder, write_checksums, write_file, writing
-from grit_jax.initial import AdaptedModel
+from grit_jax.initial import AdaptedModel, check_size
 
 DTYPES = {
   'float32': np.dtype(np.float32),
@@ -152,6 +152,7 @@ def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Tokenizer:
 
 def _check_arrays(checkpoint: Checkpoint, model: ModelConfig) -> str:
   """Compares the checkpoint's weights with the model; returns their dtype."""
+  check_size(checkpoint, model)
   prefix = f'{MODEL}/'
   found = {
     path.removeprefix(prefix): array

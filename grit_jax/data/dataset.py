@@ -20,7 +20,7 @@ from grit_jax.data.reports import Report
 from grit_jax.data.sources import Source
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.files import hash_json
+from grit_jax.files import check_file, hash_json
 
 
 class EmptySplitError(RecordError):
@@ -70,7 +70,9 @@ class Dataset:
     self._examples = builder.as_data_source(split)
 
   def _open_index(self, name: str) -> np.ndarray:
-    return np.load(self._folder / f'{self._split}-{name}.npy', mmap_mode='r')
+    path = self._folder / f'{self._split}-{name}.npy'
+    check_file(path)
+    return np.load(path, mmap_mode='r')
 
   def __len__(self) -> int:
     """Number of records."""

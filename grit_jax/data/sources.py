@@ -20,7 +20,7 @@ from etils import epath
 from grit_jax.data import lines, records
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
-from grit_jax.files import lock
+from grit_jax.files import check_file, lock
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
@@ -151,6 +151,7 @@ class FileSource(Source):
 
   def fingerprint(self) -> str:
     """The SHA-256 of the file, in hexadecimal."""
+    check_file(self._path)
     digest = hashlib.sha256()
     with self._path.open('rb') as file:
       while block := file.read(1 << 20):

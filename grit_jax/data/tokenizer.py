@@ -26,6 +26,7 @@ import tokenizers
 from etils import epath
 
 from grit_jax.errors import UserError
+from grit_jax.files import check_file
 
 # The literals of a sentencepiece model; a `tokenizer.json` has its own.
 BOS = '<s>'
@@ -473,7 +474,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     return _load_folder(path)
   if path.suffix == '.json':
     return _load_json(path)
-  return SentencePieceTokenizer(path.read_bytes(), str(path))
+  return SentencePieceTokenizer(_read(path), str(path))
 
 
 def make_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer:
@@ -509,24 +510,29 @@ def _load_folder(folder: epath.Path) -> Tokenizer:
       )
     return _load_json(json_file)
   if not json_file.exists():
-    return load_tokenizer(model)
+    return SentencePieceTokenizer(_read(model), str(model))
   try:
-    tokenizer = SentencePieceTokenizer(model.read_bytes(), str(model))
+    tokenizer = SentencePieceTokenizer(_read(model), str(model))
   except TokenizerError:
     # As of Llama 3, whose file of that name is of another format.
     return _load_json(json_file)
-  published = _parse_tokenizer(json_file.read_bytes(), str(json_file))
+  published = _parse_tokenizer(_read(json_file), str(json_file))
   added = published.get_added_tokens_decoder().values()
   if all(tokenizer.can_write(token.content) for token in added):
     return tokenizer
   return _load_json(json_file)
 
 
+def _read(path: epath.Path) -> bytes:
+  check_file(path)
+  return path.read_bytes()
+
+
 def _load_json(path: epath.Path) -> JsonTokenizer:
-  files = {JSON_FILE: path.read_bytes()}
+  files = {JSON_FILE: _read(path)}
   for name in CONFIG_FILE, SPECIAL_TOKENS_FILE:
     if (path.parent / name).exists():
-      files[name] = (path.parent / name).read_bytes()
+      files[name] = _read(path.parent / name)
   return JsonTokenizer(files, str(path))
 
 
@@ -562,7 +568,7 @@ def _parse_tokenizer(data: bytes, where: str) -> tokenizers.Tokenizer:
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:
   try:
     fields = json.loads(data)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise TokenizerError(f'{where}: not JSON: {error}') from error
   if not isinstance(fields, dict):
     raise TokenizerError(f'{where}: not a JSON object')

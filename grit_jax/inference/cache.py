@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from grit_jax.errors import UserError
+from grit_jax.files import check_file
 
 # How a file names its dtype: NumPy's format has no bfloat16.
 _STORED: dict[str, np.dtype] = {
@@ -78,9 +79,10 @@ class KVCache:
     Raises:
       UserError: It is missing, or no cache.
     """
+    check_file(path)
     try:
       whole = np.load(path, mmap_mode='r')
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise UserError(
         f'{path} is not the file of a KV cache: {error}'
       ) from error

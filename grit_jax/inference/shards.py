@@ -87,6 +87,7 @@ class Shard:
     return self._map(self.offsets_path, _OFFSETS)
 
   def _map(self, path: pathlib.Path, dtype: np.dtype, *axes: int) -> np.ndarray:
+    files.check_file(path)
     try:
       found = np.load(path, mmap_mode='r')
     except (OSError, ValueError, EOFError) as error:
@@ -112,6 +113,7 @@ class Shard:
     """Reads a document, and none of the others."""
     ends = self._offsets['end']
     start = int(ends[row - 1]) if row else 0
+    files.check_file(self.documents_path)
     try:
       with open(self.documents_path, 'rb') as file:
         file.seek(start)
@@ -258,6 +260,7 @@ def _to_line(document: Document, where: str) -> bytes:
 
 
 def _read_lines(path: pathlib.Path) -> Iterator[bytes]:
+  files.check_file(path)
   try:
     with path.open('rb') as file:
       yield from file

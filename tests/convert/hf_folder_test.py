@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -334,3 +335,62 @@ def test_a_runs_configuration_must_be_that_of_the_folder(
   (folder / 'grit_jax.json').write_text(json.dumps(run))
   with pytest.raises(UserError, match=r'model.rope_theta=10000\.0, but'):
     HfFolder(folder)
+
+
+@pytest.mark.parametrize('name', ['num_hidden_layers', 'num_local_experts'])
+def test_a_config_of_a_billion_layers_is_refused_by_what_the_files_hold(
+  tmp_path, write_hf: Callable, name: str
+):
+  write_hf(tmp_path / 'hf', **MIXTRAL)
+  path = tmp_path / 'hf' / 'config.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), name: 10**9}))
+  with pytest.raises(UserError, match='1000000000.* tensors in all'):
+    HfFolder(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'config.json',
+    'model-00002-of-00003.safetensors',
+    'model.safetensors.index.json',
+    'tokenizer.model',
+    'grit_jax.json',
+    'modules.json',
+  ],
+)
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_a_pipe_or_folder_in_place_of_a_file_is_named(
+  tmp_path, write_hf: Callable, name: str, make: Callable
+):
+  write_hf(tmp_path / 'hf', shards=3)
+  (tmp_path / 'hf' / name).unlink(missing_ok=True)
+  make(tmp_path / 'hf' / name)
+  with pytest.raises(UserError, match=f'/{name}: a .* expected a regular file'):
+    HfFolder(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('modules.json', '{}', 'is not a JSON list'),
+    ('modules.json', '[1]', 'module 0 is not a JSON object'),
+    ('modules.json', '[{"path": 1}]', "module 0: 'path' is 1, expected str"),
+    ('model.safetensors.index.json', '[]', 'is not a JSON object'),
+    ('model.safetensors.index.json', '{}', "'weight_map' is missing"),
+    (
+      'model.safetensors.index.json',
+      '{"weight_map": {"a": 1}}',
+      "weight_map: 'a' is 1, expected str",
+    ),
+    ('model.safetensors.index.json', '[' * 10**5, 'is not JSON'),
+    ('grit_jax.json', '[]', 'is not a JSON object'),
+  ],
+)
+def test_a_json_file_that_is_not_what_it_must_be_is_named(
+  tmp_path, write_hf: Callable, name: str, content: str, message: str
+):
+  write_hf(tmp_path / 'hf', shards=3)
+  (tmp_path / 'hf' / name).write_text(content)
+  with pytest.raises(UserError, match=f'{name}.*{message}'):
+    HfFolder(tmp_path / 'hf')

@@ -17,6 +17,7 @@ import zstandard
 from grit_jax.data import records, sources
 from grit_jax.data.records import RecordError, Text
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource, TfdsSource
+from grit_jax.errors import UserError
 
 
 def write_lines(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
@@ -341,3 +342,15 @@ def test_the_standard_library_is_known_by_name(tmp_path):
     'standard_library_embedding',
     'standard_library_generative',
   ]
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_a_pipe_or_folder_in_place_of_a_file_is_named(tmp_path, make):
+  """Opening a pipe waits for ever."""
+  path = tmp_path / 'data' / 'x.jsonl'
+  path.parent.mkdir()
+  make(path)
+  with pytest.raises(UserError, match='x.jsonl: a .*, expected a regular file'):
+    sources.sources(str(tmp_path / 'data'))
+  with pytest.raises(UserError, match='x.jsonl: a .*, expected a regular file'):
+    FileSource(path).fingerprint()
