@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 from grit_jax import processes
 from grit_jax.checksums import start_of, sum_arrays, sum_part
 from grit_jax.errors import UserError
-from grit_jax.files import hash_json
+from grit_jax.files import check_file, check_keys, hash_json, read_json
 
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
 BASE = 'base'
@@ -86,8 +86,13 @@ class FilesHandler(ocp.CheckpointHandler):
     """Reads the files by name."""
     del args
     files = {}
-    checksums = json.loads((directory / self._CHECKSUMS).read_text())
+    path = directory / self._CHECKSUMS
+    checksums = read_json(path)
+    check_keys(checksums, str(path), **dict.fromkeys(checksums, str))
     for name, checksum in checksums.items():
+      if os.path.basename(name) != name:
+        raise ValueError(f'{name!r} is no file of it.')
+      check_file(directory / name)
       files[name] = (directory / name).read_bytes()
       if hashlib.sha256(files[name]).hexdigest() != checksum:
         raise ValueError(f'{name} {_DAMAGED}')

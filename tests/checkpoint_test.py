@@ -322,6 +322,24 @@ def test_a_damaged_file_is_refused(
   check_refused(workdir, f'the item {item} cannot be read: ')
 
 
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('[]', 'is not a JSON object'),
+    ('{"tokenizer.json": 1}', "'tokenizer.json' is 1, expected str"),
+    ('{"../config/config.json": ""}', "'../config/config.json' is no file of"),
+    ('{"..": ""}', 'a folder, expected a regular file'),
+  ],
+)
+def test_checksums_name_files_of_the_item_alone(
+  saved, tmp_path, check_refused, content, message
+):
+  workdir = shutil.copytree(saved[0], tmp_path / 'copy')
+  item = workdir / 'checkpoints' / '7' / 'tokenizer'
+  (item / 'checksums.json').write_text(content)
+  check_refused(workdir, 'the item tokenizer cannot be read: ', message)
+
+
 @pytest.mark.parametrize('item', ['state', 'data', 'config', 'tokenizer'])
 def test_a_missing_item_is_named(saved, tmp_path, check_refused, item):
   workdir = shutil.copytree(saved[0], tmp_path / 'copy')

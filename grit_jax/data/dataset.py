@@ -10,17 +10,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 from grit_jax.config import DataConfig
 from grit_jax.data import examples, records
 from grit_jax.data.formats import Conversation, EmbeddingText
-from grit_jax.data.parts import Settings
+from grit_jax.data.merging import FORMAT, NAME, SHARD_TEMPLATE, make_features
+from grit_jax.data.parts import SPLITS, Settings
 from grit_jax.data.records import RecordError
 from grit_jax.data.reports import Report
 from grit_jax.data.sources import Source
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.files import check_file, hash_json
+from grit_jax.errors import UserError
+from grit_jax.files import (
+  check_file,
+  check_keys,
+  hash_json,
+  load_json,
+  read_json,
+)
 
 
 class EmptySplitError(RecordError):
@@ -66,6 +75,7 @@ class Dataset:
     self._folder, self._split = folder, split
     self.record_ids = self._open_index('record_ids')
     self.lengths = self._open_index('lengths')
+    _check_records(folder / 'records', self.kind)
     builder = tfds.builder_from_directory(folder / 'records')
     self._examples = builder.as_data_source(split)
 
@@ -92,6 +102,35 @@ class Dataset:
 
   def _read(self, indices: Sequence[int]) -> Iterable[examples.Example]:
     return self._examples.__getitems__([int(index) for index in indices])
+
+
+def _check_records(folder: pathlib.Path, kind: str) -> None:
+  """Compares with what was written what TFDS trusts: classes, and files.
+
+  TFDS imports the modules that `features.json` names.
+
+  Raises:
+    UserError: They are other ones; the message names the file.
+  """
+  path = folder / 'features.json'
+  expected = make_features(kind).to_proto()
+  if load_json(path) != json_format.MessageToDict(expected):
+    raise UserError(
+      f'{path}: not the features of tokenized {kind} records. Prepare the data '
+      'again.'
+    )
+  path = folder / 'dataset_info.json'
+  info = read_json(path, name=str, fileFormat=str, splits=list)
+  found = [(info['name'], info['fileFormat'])]
+  for number, split in enumerate(info['splits']):
+    where = f'{path}: split {number}'
+    check_keys(split, where, name=str, filepathTemplate=str, shardLengths=list)
+    found.append((split['name'], split['filepathTemplate']))
+  known = {(split, SHARD_TEMPLATE) for split in SPLITS}
+  if found[0] != (NAME, FORMAT.value) or not known.issuperset(found[1:]):
+    raise UserError(
+      f'{path}: not of tokenized records. Prepare the data again.'
+    )
 
 
 class EmbeddingDataset(Dataset):

@@ -39,7 +39,9 @@ from grit_jax.data.reports import Report
 from grit_jax.files import write_json
 
 NAME = 'tokens'
-_FORMAT = file_adapters.FileFormat.ARRAY_RECORD
+FORMAT = file_adapters.FileFormat.ARRAY_RECORD
+# Of TFDS: the names of the shards' files.
+SHARD_TEMPLATE = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
 # Ids that are compared at once; more are compared in several passes.
 _IDS_AT_ONCE = 1 << 20
 
@@ -120,10 +122,15 @@ def _write_joined(
     file.write(values.tobytes())
 
 
+def make_features(kind: str) -> tfds.features.FeaturesDict:
+  """Returns TFDS's features of the records of a kind."""
+  encoder = EmbeddingEncoder if kind == records.EMBEDDING else GenerativeEncoder
+  return tfds.features.FeaturesDict(encoder.features)
+
+
 def _write_info(
   read: list[dict[str, Any]], folder: pathlib.Path, kind: str
 ) -> None:
-  encoder = EmbeddingEncoder if kind == records.EMBEDDING else GenerativeEncoder
   identity = dataset_info.DatasetIdentity(
     name=NAME,
     version=tfds.core.Version(f'{FORMAT_VERSION}.0.0'),
@@ -132,10 +139,10 @@ def _write_info(
   )
   info = tfds.core.DatasetInfo(
     builder=identity,
-    features=tfds.features.FeaturesDict(encoder.features),
+    features=make_features(kind),
     disable_shuffling=True,
   )
-  info.set_file_format(_FORMAT)
+  info.set_file_format(FORMAT)
   found = []
   for split in SPLITS:
     shards = [part['splits'][split] for part in read]
@@ -159,7 +166,7 @@ def _template(folder: pathlib.Path, split: str) -> naming.ShardedFileTemplate:
     dataset_name=NAME,
     data_dir=folder,
     split=split,
-    filetype_suffix=_FORMAT.file_suffix,
+    filetype_suffix=FORMAT.file_suffix,
   )
 
 

@@ -20,7 +20,8 @@ from etils import epath
 from grit_jax.data import lines, records
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
-from grit_jax.files import check_file, lock
+from grit_jax.errors import UserError
+from grit_jax.files import check_file, load_json, lock
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
@@ -198,6 +199,7 @@ class TfdsSource(Source):
   def _open_builder(self) -> Any:
     import tensorflow_datasets as tfds
 
+    _check_features(self._tfds_name, self._tfds_dir)
     try:
       # Of the formats that TFDS writes, the one it reads without TensorFlow.
       return tfds.builder(
@@ -268,6 +270,40 @@ class TfdsSource(Source):
   def state(self) -> dict[str, Any]:
     """The fingerprint, which is cheap."""
     return {'tfds': self.fingerprint()}
+
+
+def _check_features(name: str, tfds_dir: epath.PathLike | None) -> None:
+  """Refuses a data set on the disk that names code other than TFDS's own.
+
+  TFDS imports the modules that a `features.json` names.
+
+  Raises:
+    UserError: One names other code; the message names the file.
+  """
+  from tensorflow_datasets.core.utils import file_utils
+
+  for directory in file_utils.list_data_dirs(tfds_dir):
+    folder = epath.Path(directory) / name.partition(':')[0]
+    # Of the data set, a config, or a version.
+    for place in '', '*/', '*/*/':
+      for path in folder.glob(f'{place}features.json'):
+        for module in _find_classes(load_json(path)):
+          if not module.startswith('tensorflow_datasets.'):
+            raise UserError(
+              f'{path} names the class {module!r}, which TFDS would import; '
+              'features of TFDS itself are read.'
+            )
+
+
+def _find_classes(value: Any) -> Iterator[str]:
+  """Yields the classes that the JSON of features names."""
+  if isinstance(value, dict):
+    # A feature may itself be called so.
+    named = (value.get(key) for key in ('pythonClassName', 'type'))
+    yield from (name for name in named if isinstance(name, str))
+  for item in value.values() if isinstance(value, dict) else value:
+    if isinstance(item, dict | list):
+      yield from _find_classes(item)
 
 
 def _to_json(example: dict[str, Any]) -> bytes:

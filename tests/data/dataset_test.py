@@ -13,7 +13,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from grit_jax.data import dataset, formats, parts, records, tokenization
-from grit_jax.data.dataset import EmbeddingDataset, GenerativeDataset
+from grit_jax.data.dataset import (
+  EmbeddingDataset,
+  GenerativeDataset,
+  open_dataset,
+)
 from grit_jax.data.examples import NO_ANSWER
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, FileSource
@@ -384,3 +388,32 @@ print([name for name in ("tensorflow", "torch", "jax") if name in sys.modules])
     [sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True
   )
   assert (done.returncode, done.stdout) == (0, '[]\n'), done.stderr
+
+
+CLASS = 'tensorflow_datasets.core.features.tensor_feature.Tensor'
+
+
+@pytest.mark.parametrize(
+  ('name', 'old', 'new'),
+  [
+    # Importing the module `this` prints a poem.
+    ('features.json', CLASS, 'this.Tensor'),
+    ('features.json', '"int32"', '"int64"'),
+    ('features.json', '}', ''),
+    ('dataset_info.json', '{DATASET}-', '../{DATASET}-'),
+    ('dataset_info.json', '"name": "train"', '"name": "../train"'),
+    ('dataset_info.json', '"array_record"', '"riegeli"'),
+    ('dataset_info.json', '"splits"', '"others"'),
+  ],
+)
+def test_what_tfds_would_trust_is_compared_before_it_reads(
+  prepare, tmp_path, name, old, new
+):
+  prepare(write_embedding(tmp_path), TRAIN)
+  (path,) = tmp_path.glob(f'**/records/{name}')
+  content = path.read_text()
+  assert old in content
+  path.write_text(content.replace(old, new))
+  with pytest.raises(UserError, match=f'^{path}'):
+    open_dataset(path.parents[1], TRAIN)
+  assert 'this' not in sys.modules

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -354,3 +355,17 @@ def test_a_pipe_or_folder_in_place_of_a_file_is_named(tmp_path, make):
     sources.sources(str(tmp_path / 'data'))
   with pytest.raises(UserError, match='x.jsonl: a .*, expected a regular file'):
     FileSource(path).fingerprint()
+
+
+def test_a_tfds_folder_that_names_code_is_refused(tmp_path):
+  sources.sources('tfds:tiny_records', tmp_path)
+  for path in tmp_path.glob('**/features.json'):
+    content = path.read_text()
+    own = '"tensorflow_datasets.core.features.text_feature.Text"'
+    assert own in content
+    path.write_text(content.replace(own, '"this.Text"'))
+  # One that no code registers, as somebody could hand it on.
+  (tmp_path / 'tiny_records').rename(tmp_path / 'handed_on')
+  with pytest.raises(UserError, match=r"features.json names the class 'this\."):
+    sources.sources('tfds:handed_on/chat', tmp_path)
+  assert 'this' not in sys.modules
