@@ -34,7 +34,7 @@ from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.files import check_checksums
+from grit_jax.files import check_checksums, check_keys
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.lora import (
   adapter_path,
@@ -159,7 +159,7 @@ class AdaptedModel(InitialModel):
     self.config = configuration.from_dict(checkpoint.read_config())
     self.model, self.adapters = self.config.model, checkpoint
     self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
-    self.base = open_initial(checkpoint.read_base()['init_from'])
+    self.base = open_initial(read_base(checkpoint)['init_from'])
     self.dtype = self.base.dtype
     check_base(checkpoint, self.base)
     self._targets = target_axes(self.model, self.config.lora)
@@ -212,13 +212,25 @@ def describe_base(base: InitialModel) -> dict[str, str]:
   return {'init_from': where, 'fingerprint': base.fingerprint()}
 
 
+def read_base(checkpoint: Checkpoint) -> dict[str, str]:
+  """Returns what `describe_base` gave when a checkpoint was saved.
+
+  Raises:
+    UserError: It is damaged.
+  """
+  where = f'{checkpoint.folder}: the item base'
+  return check_keys(
+    checkpoint.read_base(), where, init_from=str, fingerprint=str
+  )
+
+
 def check_base(checkpoint: Checkpoint, base: InitialModel) -> None:
   """Checks that a checkpoint's adapters are for a base.
 
   Raises:
     UserError: They are for another one.
   """
-  named = checkpoint.read_base()
+  named = read_base(checkpoint)
   if base.fingerprint() != named['fingerprint']:
     raise UserError(
       f'{checkpoint.folder} has adapters of {named["init_from"]}, and '

@@ -3,7 +3,6 @@
 What lies in the folder of one is said in `grit_jax.data.merging`.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from grit_jax.data.formats import Conversation, EmbeddingText
 from grit_jax.data.merging import FORMAT, NAME, SHARD_TEMPLATE, make_features
 from grit_jax.data.parts import SPLITS, Settings
 from grit_jax.data.records import RecordError
-from grit_jax.data.reports import Report
+from grit_jax.data.reports import Report, read_content
 from grit_jax.data.sources import Source
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ class Dataset:
     Raises:
       EmptySplitError: It has no record.
     """
-    content = json.loads((folder / 'dataset.json').read_text())
+    content = read_content(folder)
     self.name = content['name']
     self.report = Report(**content['splits'][split]['report'])
     self._place = content['splits'][split]['place']
@@ -210,8 +209,7 @@ def open_dataset(
   Raises:
     EmptySplitError: It has no record.
   """
-  content = json.loads((folder / 'dataset.json').read_text())
-  if content['kind'] == records.GENERATIVE:
+  if read_content(folder)['kind'] == records.GENERATIVE:
     return GenerativeDataset(folder, split)
   return EmbeddingDataset(folder, split)
 

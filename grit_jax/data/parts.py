@@ -28,9 +28,15 @@ from tensorflow_datasets.core import example_serializer
 from grit_jax.data import examples, records
 from grit_jax.data.examples import EmbeddingEncoder, Example, GenerativeEncoder
 from grit_jax.data.records import DUPLICATE_ID, Record, RecordError
+from grit_jax.data.reports import check_split
 from grit_jax.data.sources import HELD_OUT, TRAIN, Line, Source
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.files import new_folder, writing
+from grit_jax.files import (
+  check_keys,
+  new_folder,
+  read_json,
+  writing,
+)
 
 # Small enough to hold a few for each core, and for a start after a kill to lose
 # seconds; large enough for shards that are no burden.
@@ -149,8 +155,20 @@ def cut(source: Source, held_out_fraction: float) -> Iterator[Part]:
 
 
 def read_part(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what `part.json` of a part says."""
-  return json.loads((folder / 'part.json').read_text())
+  """Returns what `part.json` of a part says.
+
+  Raises:
+    UserError: It is missing or damaged; the message names the file and the key.
+  """
+  path = folder / 'part.json'
+  content = read_json(path, made_of=list, splits=dict)
+  check_keys(
+    content['splits'], f'{path}: splits', **dict.fromkeys(SPLITS, dict)
+  )
+  for name, split in content['splits'].items():
+    check_split(split, f'{path}: splits: {name}')
+    check_keys(split, f'{path}: splits: {name}', bytes=int)
+  return content
 
 
 def is_written(folder: pathlib.Path, part: Part) -> bool:

@@ -1,7 +1,6 @@
 """From a run's sources to its tokenizer and its tokenized data sets."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from typing import TypedDict
@@ -24,6 +23,7 @@ from grit_jax.data.records import RecordError
 from grit_jax.data.reports import (
   check_skipped,
   find_too_few_negatives,
+  read_content,
   read_reports,
 )
 from grit_jax.data.sources import TRAIN, FileSource, Source
@@ -229,7 +229,7 @@ def check_prepared(
 def _check_unchanged(source: PreparedSource) -> None:
   """Checks that the file that a data set was made of, if there, is the same."""
   path = source.folder / 'dataset.json'
-  content = json.loads(path.read_text())
+  content = read_content(source.folder)
   state = content['source']['state']
   if 'path' not in state or not epath.Path(state['path']).exists():
     return

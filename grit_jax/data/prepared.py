@@ -6,7 +6,6 @@ files that it was made of, nor a place.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -15,8 +14,16 @@ from etils import epath
 
 from grit_jax.data.examples import FORMAT_VERSION
 from grit_jax.data.records import RecordError
+from grit_jax.data.reports import read_content
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
-from grit_jax.files import write_file, write_json, writing
+from grit_jax.errors import UserError
+from grit_jax.files import (
+  check_keys,
+  read_json,
+  write_file,
+  write_json,
+  writing,
+)
 
 MANIFEST = 'prepared.json'
 _TOKENIZER = 'tokenizer'
@@ -64,6 +71,7 @@ def find_prepared(directory: epath.Path) -> list[PreparedSource]:
 
   Raises:
     RecordError: It is of another version, or not on a disk.
+    UserError: It is damaged; the message names the file and the key.
   """
   path = directory / MANIFEST
   if not path.exists():
@@ -73,23 +81,47 @@ def find_prepared(directory: epath.Path) -> list[PreparedSource]:
       f'{directory}: prepared data is read from a local or mounted disk; copy '
       'it there'
     )
-  content = json.loads(path.read_text())
+  content = read_json(
+    path, format=int, tokenizer=str, settings=dict, data_sets=list
+  )
   if content['format'] != FORMAT_VERSION:
     raise RecordError(
       f'{path}: found format {content["format"]}, expected {FORMAT_VERSION}; '
       'prepare the data again'
     )
-  return [
-    PreparedSource(
-      data_set['name'],
-      data_set['kind'],
-      pathlib.Path(directory) / data_set['folder'],
-      pathlib.Path(directory),
-      content['tokenizer'],
-      content['settings'],
+  check_keys(
+    content['settings'],
+    f'{path}: settings',
+    max_query_tokens=int,
+    max_passage_tokens=int,
+    max_generative_tokens=int,
+    held_out_fraction=int | float,
+  )
+  found = []
+  for number, data_set in enumerate(content['data_sets']):
+    where = f'{path}: data set {number}'
+    check_keys(data_set, where, name=str, kind=str, folder=str)
+    if os.path.basename(data_set['folder']) != data_set['folder']:
+      raise UserError(f'{where}: folder is {data_set["folder"]!r}, not a name.')
+    folder = pathlib.Path(directory) / data_set['folder']
+    written = read_content(folder)
+    for name in 'name', 'kind':
+      if written[name] != data_set[name]:
+        raise UserError(
+          f'{where}: {name} is {data_set[name]!r}, and {folder} has '
+          f'{written[name]!r}.'
+        )
+    found.append(
+      PreparedSource(
+        data_set['name'],
+        data_set['kind'],
+        folder,
+        pathlib.Path(directory),
+        content['tokenizer'],
+        content['settings'],
+      )
     )
-    for data_set in content['data_sets']
-  ]
+  return found
 
 
 def write_prepared(
@@ -108,7 +140,7 @@ def write_prepared(
   """
   data_sets = []
   for folder in folders:
-    content = json.loads((folder / 'dataset.json').read_text())
+    content = read_content(folder)
     data_sets.append(
       {
         'name': content['name'],

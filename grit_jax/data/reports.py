@@ -1,11 +1,18 @@
 """What became of the records of a source, and whether that may be."""
 
-import json
 import pathlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from grit_jax.data.formats import Conversation, EmbeddingText
-from grit_jax.data.records import TOO_FEW_NEGATIVES, RecordError
+from grit_jax.data.records import (
+  EMBEDDING,
+  GENERATIVE,
+  TOO_FEW_NEGATIVES,
+  RecordError,
+)
+from grit_jax.errors import UserError
+from grit_jax.files import check_keys, read_json
 
 # Faults that are told in full, of each reason.
 _MESSAGES = 3
@@ -67,9 +74,60 @@ class Report:
       mine += messages[: _MESSAGES - len(mine)]
 
 
+def read_content(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what `dataset.json` of a data set says.
+
+  Raises:
+    UserError: It is missing or damaged; the message names the file and the key.
+  """
+  path = folder / 'dataset.json'
+  content = read_json(
+    path, name=str, kind=str, identity=dict, source=dict, splits=dict
+  )
+  if content['kind'] not in (EMBEDDING, GENERATIVE):
+    raise UserError(f'{path}: kind is {content["kind"]!r}.')
+  check_keys(
+    content['identity'],
+    f'{path}: identity',
+    source=str,
+    held_out_fraction=int | float,
+  )
+  check_keys(content['source'], f'{path}: source', name=str, state=dict)
+  check_keys(content['splits'], f'{path}: splits', train=dict, held_out=dict)
+  for name, split in content['splits'].items():
+    where = f'{path}: splits: {name}'
+    check_split(split, where)
+    check_keys(split, where, place=list)
+    if [type(text) for text in split['place']] != [str, str]:
+      raise UserError(f'{where}: place is {split["place"]!r:.60}.')
+  return content
+
+
+def check_split(split: Any, where: str) -> None:
+  """Checks what `dataset.json` or `part.json` says of a split.
+
+  Raises:
+    UserError: It is damaged; the message begins with `where`.
+  """
+  report = check_keys(split, where, report=dict)['report']
+  where = f'{where}: report'
+  kinds = {f.name: int if f.type is int else dict for f in fields(Report)}
+  check_keys(report, where, **kinds)
+  for name in report.keys() - kinds.keys():
+    raise UserError(f'{where}: {name!r} is unknown.')
+  for name, kind in ('dropped', int), ('skipped', int), ('faults', list):
+    counts = report[name]
+    check_keys(counts, f'{where}: {name}', **dict.fromkeys(counts, kind))
+  fewest = split.get('fewest_negatives')
+  if fewest is not None and (
+    not isinstance(fewest, list) or [type(n) for n in fewest] != [int, int]
+  ):
+    raise UserError(f'{where}: fewest_negatives is {fewest!r:.60}.')
+
+
 def read_reports(folder: pathlib.Path) -> list[Report]:
   """Returns the report of each split of a data set."""
-  content = json.loads((folder / 'dataset.json').read_text())
+  content = read_content(folder)
   return [Report(**split['report']) for split in content['splits'].values()]
 
 
@@ -113,7 +171,7 @@ def find_too_few_negatives(
 
   More may be asked for than when it was written.
   """
-  content = json.loads((folder / 'dataset.json').read_text())
+  content = read_content(folder)
   for split in content['splits'].values():
     if split['fewest_negatives']:
       found, number = split['fewest_negatives']

@@ -1,7 +1,6 @@
 """What a preparation tells of its data: a table, `report.json`, a picture."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from grit_jax.data import records
-from grit_jax.data.reports import Report
+from grit_jax.data.reports import Report, read_content
 from grit_jax.data.sources import HELD_OUT, TRAIN
 from grit_jax.files import write_json, writing
 
@@ -59,7 +58,7 @@ def summarize(folder: pathlib.Path) -> Summary:
   Returns:
     The summary.
   """
-  content = json.loads((folder / 'dataset.json').read_text())
+  content = read_content(folder)
   reports = {
     split: Report(**fields['report'])
     for split, fields in content['splits'].items()

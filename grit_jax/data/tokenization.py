@@ -26,6 +26,7 @@ from grit_jax.data.reports import (
   Report,
   check_skipped,
   find_too_few_negatives,
+  read_content,
   read_reports,
 )
 from grit_jax.data.sources import Source
@@ -289,7 +290,7 @@ def _find_fingerprint(source: Source, directory: pathlib.Path) -> str:
   state = source.state()
   known = []
   for path in directory.glob(f'{glob.escape(source.name)}-*/dataset.json'):
-    content = json.loads(path.read_text())
+    content = read_content(path.parent)
     fingerprint = content['identity']['source']
     if is_settled(content['source']['state'], state, path):
       return fingerprint

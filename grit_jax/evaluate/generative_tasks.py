@@ -23,7 +23,10 @@ from lm_eval.utils import handle_non_serializable
 
 from grit_jax.errors import UserError
 from grit_jax.evaluate.lm_eval_model import LanguageModel
-from grit_jax.files import write_file
+from grit_jax.files import (
+  read_json,
+  write_file,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +158,12 @@ def evaluate(
     # The library that runs the code asks for it.
     os.environ['HF_ALLOW_CODE_EVAL'] = '1'
   folder.mkdir(parents=True, exist_ok=True)
-  found = {}
+  found: dict[str, Mapping[str, Any]] = {}
   for name in names:
     file = folder / (f'{name}-first-{limit}.json' if limit else f'{name}.json')
     if file.exists():
       logging.info('%s: the results are in %s.', name, file)
-      found[name] = json.loads(file.read_text())
+      found[name] = read_json(file, results=dict)
       continue
     tasks = load_task(manager, name)
     for task in manager.load(tasks)['tasks'].values():

@@ -11,6 +11,7 @@ D model.
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Index:
 
   def _take(self, content: str) -> None:
     self._content = content
-    fields = json.loads(content)
+    fields = _check_fields(json.loads(content), self.folder / INDEX)
     self.dimension: int = fields['dimension']
     self.dtype: str = fields['dtype']
     self.unit_norm: bool = fields['unit_norm']
@@ -119,19 +120,15 @@ class Index:
     """
     folder = pathlib.Path(folder)
     path = folder / INDEX
-    try:
-      content = path.read_text()
-      version = json.loads(content)['version']
-    except (FileNotFoundError, NotADirectoryError) as error:
-      raise UserError(f'{folder}: there is no index, no {INDEX}') from error
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f'{path}: not the file of an index') from error
+    if not path.exists():
+      raise UserError(f'{folder}: there is no index, no {INDEX}')
+    version = files.read_json(path, version=int)['version']
     if version != VERSION:
       raise UserError(
         f'{path}: found version {version}, expected {VERSION}; make the index '
         'again'
       )
-    return cls(folder, content)
+    return cls(folder, path.read_text())
 
   def __len__(self) -> int:
     """Returns the number of documents."""
@@ -280,6 +277,46 @@ class Index:
               f'{path}:{i + 1}: the id {ids[i]!r} is also that of document '
               f'{start + row}, {shard.documents_path}:{row + 1}'
             )
+
+
+def _check_fields(fields: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """Checks what `index.json` says.
+
+  Raises:
+    UserError: It is damaged; the message names the file and the key.
+  """
+  files.check_keys(
+    fields,
+    str(path),
+    dimension=int,
+    dtype=str,
+    unit_norm=bool,
+    metadata=dict,
+    shards=list,
+  )
+  if fields['dtype'] not in DTYPES:
+    raise UserError(f'{path}: dtype is {fields["dtype"]!r}.')
+  _check_size(fields, 'dimension', str(path))
+  for number, shard in enumerate(fields['shards']):
+    where = f'{path}: shard {number}'
+    files.check_keys(
+      shard, where, rows=int, largest_norm=int | float, sha256=dict
+    )
+    _check_size(shard, 'rows', where)
+    if not 0 <= shard['largest_norm'] < math.inf:
+      raise UserError(f'{where}: largest_norm is {shard["largest_norm"]}.')
+    names = Shard(path.parent, number, fields).names
+    hashes = files.check_keys(
+      shard['sha256'], f'{where}: sha256', **dict.fromkeys(names, str)
+    )
+    if len(hashes) > len(names):
+      raise UserError(f'{where}: sha256 names other files.')
+  return fields
+
+
+def _check_size(fields: dict[str, Any], key: str, where: str) -> None:
+  if not 1 <= fields[key] < 2**31:
+    raise UserError(f'{where}: {key} is {fields[key]}.')
 
 
 def _write_fields(folder: pathlib.Path, fields: dict[str, Any]) -> str:

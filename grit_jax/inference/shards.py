@@ -71,6 +71,12 @@ class Shard:
     self._stated = stated or {}
 
   @property
+  def names(self) -> list[str]:
+    """The names of its files."""
+    paths = self.embeddings_path, self.documents_path, self.offsets_path
+    return [path.name for path in paths]
+
+  @property
   def _stored_dtype(self) -> np.dtype:
     bfloat16 = self._dtype == jnp.bfloat16
     return np.dtype(np.uint16) if bfloat16 else self._dtype

@@ -11,10 +11,11 @@ from grit_jax import cli
 from grit_jax.config import Seed, Weight
 from grit_jax.encode import fingerprint
 from grit_jax.errors import UserError
+from grit_jax.files import check_keys
 from grit_jax.inference import arguments
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.inference.index import Index
+from grit_jax.inference.index import INDEX, Index
 from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.shards import DTYPES
 from grit_jax.rag.answering import Answer, Answerer, encode_documents
@@ -187,7 +188,12 @@ def choose_mode(name: str, caches: str) -> Mode:
 def ask(flags: argparse.Namespace) -> None:
   """Answers questions, and shows the sources."""
   index = Index.open(flags.index)
+  texts = ('model', 'model_sha256', 'model_dtype', 'model_quantization')
+  where = f'{index.folder / INDEX}: metadata'
+  check_keys(index.metadata, where, **dict.fromkeys(texts, str))
   caches = index.metadata.get('caches', '')
+  if caches not in ('', *(mode.value for mode in Mode)):
+    raise UserError(f'{where}: caches is {caches!r:.60}.')
   mode = choose_mode(flags.mode, caches)
   path = flags.model or index.metadata['model']
   if fingerprint(path) != index.metadata['model_sha256']:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from json_damage import check_every_damage_is_named
 
 from grit_jax.config import (
   Config,
@@ -398,3 +399,25 @@ def test_a_faulty_record_trains_no_tokenizer_unless_it_is_skipped(
     open_data(config)
   skip = change(config, on_error='skip', max_skipped_fraction=0.1)
   assert len(open_data(skip)['embedding']) == 1
+
+
+@pytest.mark.parametrize(
+  'name', ['prepared', 'chats-*/dataset', 'pairs-*/dat*']
+)
+def test_every_damage_of_a_json_file_is_named(
+  prepared, tmp_path, open_data, name
+):
+  folder = shutil.copytree(prepared.folder, tmp_path / 'prepared')
+  config = change(prepared.config, paths=str(folder))
+  [path] = folder.glob(f'{name}.json')
+  check_every_damage_is_named(
+    path,
+    lambda: [open_data(config, split) for split in (TRAIN, HELD_OUT)],
+    unread=[
+      'settings/(min_negatives|on_error|max_skipped_fraction)',
+      'identity/(format|tokenizer|limits.*)',
+      'source/state/.*',
+      'splits/.*/fewest_negatives',
+      'splits/.*/report/(dropped|skipped|faults)/.*',
+    ],
+  )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import zstandard
+from json_damage import check_every_damage_is_named
 
 from grit_jax.data import (
   dataset,
@@ -664,3 +665,18 @@ def test_processes_do_not_import_the_main_module(tmp_path, model_bytes):
   )
   assert len(list_whole(tmp_path / 'prepared')) == 1
   assert len(list(tmp_path.glob('imported-*'))) == 1
+
+
+def test_every_damage_of_a_part_is_named(tokenize, tmp_path, monkeypatch):
+  source = write_lines(tmp_path / 'a.jsonl', make_records(20))
+  with monkeypatch.context() as context:
+    context.setattr(merging, 'merge', lambda *_: None)
+    context.setattr(tokenization, 'publish', lambda *_: None)
+    context.setattr(tokenization.shutil, 'rmtree', lambda *_, **__: None)
+    tokenize([source], 'out')
+  [path] = (tmp_path / 'out').rglob('part.json')
+  check_every_damage_is_named(
+    path,
+    lambda: parts.read_part(path.parent),
+    unread=['made_of/.*', r'splits/.*/report/.*/.*', '.*/fewest_negatives.*'],
+  )

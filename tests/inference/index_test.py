@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from json_damage import check_every_damage_is_named
 
 from grit_jax import files
 from grit_jax.errors import UserError
@@ -428,5 +429,40 @@ def test_an_index_is_not_made_over_another_nor_opened_where_none_is(tmp_path):
   with pytest.raises(UserError, match='found version 7, expected 1'):
     Index.open(tmp_path)
   path.write_text('[]')
-  with pytest.raises(UserError, match='index.json: not the file of an'):
+  with pytest.raises(UserError, match='index.json is not a JSON object'):
     Index.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('dtype', 'save'),
+    ('dtype', 'float8'),
+    ('dimension', 10**30),
+    ('shards/0/rows', 10**30),
+    ('shards/0/rows', 0),
+    ('shards/0/largest_norm', math.nan),
+    ('shards/0/sha256/..', 'x'),
+  ],
+)
+def test_a_value_that_cannot_be_is_named(tmp_path, rng, key, value):
+  make_index(tmp_path, draw(rng, 30), (20, 10))
+  path = tmp_path / 'index.json'
+  fields = json.loads(path.read_text())
+  *groups, name = key.split('/')
+  inner = fields
+  for group in groups:
+    inner = inner[int(group) if group.isdecimal() else group]
+  inner[name] = value
+  path.write_text(json.dumps(fields))
+  with pytest.raises(UserError, match=f'^{path}.*: '):
+    Index.open(tmp_path)
+
+
+def test_every_damage_of_index_json_is_named(tmp_path, rng):
+  make_index(tmp_path, draw(rng, 30), (20, 10))
+  check_every_damage_is_named(
+    tmp_path / 'index.json',
+    lambda: Index.open(tmp_path),
+    unread=['documents', 'metadata/.*'],
+  )

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from json_damage import check_every_damage_is_named
 
 from grit_jax.errors import UserError
 from grit_jax.inference.cache import KVCache
@@ -223,3 +224,16 @@ def test_a_damaged_cache_is_named(index_of, tmp_path):
     run('ask', f'--index={target}', 'Who?')
   with pytest.raises(ValueError, match='is not the file of a KV cache'):
     KVCache.open(tmp_path / 'nowhere.npy')
+
+
+def test_ask_names_a_damaged_key_of_the_index(index_of, tmp_path):
+  target = shutil.copytree(index_of('doc-caching'), tmp_path / 'index')
+  check_every_damage_is_named(
+    target / 'index.json',
+    lambda: run('ask', f'--index={target}', '--max_new_tokens=1', 'Who?'),
+    unread=[
+      'documents', 'shards.*', 'metadata/caches gone',
+      'metadata/(input|input_sha256|instruction|max_length|shard_documents|'
+      'documents|cache_dtype)',
+    ],
+  )  # fmt: skip
