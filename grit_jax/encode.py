@@ -15,7 +15,7 @@ from etils import epath
 from grit_jax import cli
 from grit_jax.data.sources import FileSource
 from grit_jax.inference import arguments
-from grit_jax.inference.corpus import CorpusWriter
+from grit_jax.inference.corpus import CorpusWriter, writing_index
 from grit_jax.inference.shards import DTYPES
 from grit_jax.initial import open_initial
 
@@ -108,23 +108,24 @@ def encode(flags: argparse.Namespace) -> None:
     'instruction': flags.instruction,
     'max_length': flags.max_length,
   }
-  writer = CorpusWriter(
-    FileSource(flags.input),
-    flags.output,
-    settings,
-    flags.stored_dtype,
-    flags.shard_documents,
-  )
-  if writer.done < writer.total:
-    model = arguments.load(flags)
-    writer.write(
-      lambda documents: model.encode_corpus(
-        documents,
-        instruction=flags.instruction,
-        max_length=flags.max_length,
-        batch_size=flags.batch_size,
-      )
+  with writing_index(flags.output) as folder:
+    writer = CorpusWriter(
+      FileSource(flags.input),
+      folder,
+      settings,
+      flags.stored_dtype,
+      flags.shard_documents,
     )
+    if writer.done < writer.total:
+      model = arguments.load(flags)
+      writer.write(
+        lambda documents: model.encode_corpus(
+          documents,
+          instruction=flags.instruction,
+          max_length=flags.max_length,
+          batch_size=flags.batch_size,
+        )
+      )
   print(f'{flags.output}: an index of {writer.done} documents')
 
 

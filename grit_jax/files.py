@@ -95,15 +95,22 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
   Whatever happens before that, nothing has the target's name, and what was
   written is removed; after a kill, at the next start.
+
+  Raises:
+    LockedError: another process fills it.
   """
   folder = target.parent / f'.{target.name}{_PARTIAL}'
-  shutil.rmtree(folder, ignore_errors=True)
-  try:
-    folder.mkdir(parents=True)
-    yield folder
-    publish(folder, target)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True, exist_ok=True)
+  held = folder / '.lock'
+  with lock(held):
+    try:
+      for path in set(folder.iterdir()) - {held}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+      yield folder
+      held.unlink()
+      publish(folder, target)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -171,7 +178,8 @@ def write_checksums(folder: pathlib.Path, but: str) -> None:
   """
   names = sorted(
     path.relative_to(folder).as_posix()
-    for path in folder.rglob('*')
+    # The lock of a `new_folder` is no part of it.
+    for path in folder.rglob('[!.]*')
     if path.is_file() and path.name != but
   )
   write_json(

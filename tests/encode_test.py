@@ -40,7 +40,11 @@ def run(model: pathlib.Path, corpus: pathlib.Path, output: pathlib.Path, *more):
 
 
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:
-  return {path.name: path.read_bytes() for path in folder.iterdir()}
+  return {
+    path.name: path.read_bytes()
+    for path in folder.iterdir()
+    if not path.name.endswith('lock')
+  }
 
 
 def test_the_index_holds_what_the_model_makes_of_the_documents(

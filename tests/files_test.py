@@ -80,6 +80,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
   assert json.loads(path.read_text()) == {'a': 1}
 
 
+def test_a_folder_is_filled_by_one_alone(tmp_path):
+  with files.new_folder(tmp_path / 'new') as folder:
+    (folder / 'a').write_text('a')
+    with pytest.raises(LockedError, match=f'process {os.getpid()} '):
+      with files.new_folder(tmp_path / 'new'):
+        raise AssertionError('the folder is filled twice')
+  assert os.listdir(tmp_path) == ['new']
+  assert os.listdir(tmp_path / 'new') == ['a']
+  # What a kill has left is no part of it.
+  (tmp_path / '.other.partial').mkdir()
+  (tmp_path / '.other.partial' / 'b').write_text('b')
+  with files.new_folder(tmp_path / 'other') as folder:
+    assert os.listdir(folder) == ['.lock']
+
+
 def test_a_folder_that_is_not_finished_is_not_there(tmp_path):
   target = tmp_path / 'new'
   with pytest.raises(UserError, match=f'{target}: cannot write: .* make room'):

@@ -1,8 +1,10 @@
 """Writes a checkpoint a slice at a time, so that no array is ever whole."""
 
 import asyncio
+import contextlib
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from etils import epath
 from grit_jax import checkpoint
 from grit_jax.checksums import start_of, sum_part
 from grit_jax.errors import UserError
-from grit_jax.files import hash_json
+from grit_jax.files import LockedError, hash_json, is_local, lock
 
 
 @dataclasses.dataclass
@@ -148,8 +150,10 @@ def write_checkpoint(
   }
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _hold(target), ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(target, args=ocp.args.Composite(**items))
+  except LockedError:
+    raise
   except BaseException as error:
     for path in target.parent.glob(f'{target.name}.orbax-checkpoint-tmp*'):
       path.rmtree()
@@ -157,6 +161,20 @@ def write_checkpoint(
       message = checkpoint.reason(error)
       raise UserError(f'{target} cannot be written: {message}') from error
     raise
+
+
+@contextlib.contextmanager
+def _hold(target: epath.Path) -> Iterator[None]:
+  """Refuses a second writer, who would remove what the first one writes."""
+  if not is_local(target):
+    yield
+    return
+  held = target.with_name(f'.{target.name}.lock')
+  with lock(pathlib.Path(held)):
+    try:
+      yield
+    finally:
+      held.unlink()
 
 
 def _is_of_the_disk(error: BaseException) -> bool:

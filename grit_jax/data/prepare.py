@@ -27,8 +27,9 @@ from grit_jax.data.preparation import make_settings
 from grit_jax.data.prepared import PreparedSource, write_prepared
 from grit_jax.data.sources import Source, sources
 from grit_jax.data.tokenization import tokenize
-from grit_jax.data.tokenizer import load_tokenizer
-from grit_jax.errors import ConfigError
+from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
+from grit_jax.errors import ConfigError, UserError
+from grit_jax.files import is_local, lock, writing
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,6 +121,8 @@ def prepare(config: Config, target: str) -> None:
   Raises:
     UserError: the data, the tokenizer or the target cannot be used.
   """
+  if not is_local(target):
+    raise UserError(f'{target}: not a folder of a local or mounted disk')
   directory = pathlib.Path(target)
   for entry in config.data.paths.split(','):
     if os.path.realpath(entry.strip()) == os.path.realpath(target):
@@ -127,18 +130,27 @@ def prepare(config: Config, target: str) -> None:
         f'{target} is both source and target; choose another folder to write.'
       )
   tokenizer = load_tokenizer(config.data.tokenizer)
-  found = sources(config.data.paths, epath.Path(target) / 'tfds')
+  with writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+  with lock(directory / '.lock'):
+    _prepare(config, directory, tokenizer)
+  print(f'Train on it with --config.data.paths={target}')
+
+
+def _prepare(
+  config: Config, directory: pathlib.Path, tokenizer: Tokenizer
+) -> None:
+  found = sources(config.data.paths, epath.Path(directory) / 'tfds')
   for source in found:
     if isinstance(source, PreparedSource):
       raise ConfigError(f'{source.directory} is already prepared.')
   settings = make_settings(config)
   raw = [source for source in found if isinstance(source, Source)]
-  folders = tokenize(raw, tokenizer, target, settings)
+  folders = tokenize(raw, tokenizer, directory, settings)
   summaries = [summary.summarize(folder) for folder in folders]
   summary.write(summaries, directory)
   write_prepared(directory, folders, tokenizer, dataclasses.asdict(settings))
   print(summary.tabulate(summaries))
-  print(f'Train on it with --config.data.paths={target}')
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ called by its place in the file, from 0. Other fields are ignored.
 """
 
 import array
+import contextlib
 import itertools
 import json
 import os
@@ -160,28 +161,21 @@ class CorpusWriter:
 
     Args:
       source: The corpus.
-      folder: The index. It is new, or was begun with the same arguments.
+      folder: The index, which `writing_index` holds. It is new, or was begun
+        with the same arguments.
       settings: What embeddings depend on, for the index's metadata. Where `X`
         is a path, `X_sha256` says whether it is the same.
       dtype: To store embeddings in.
       shard_documents: Number of documents of a shard.
 
     Raises:
-      UserError: The folder cannot be written.
       RecordError: The corpus is not what it must be.
       UserError: The folder was begun with something else.
     """
-    if '://' in os.fspath(folder) or os.path.isfile(folder):
-      raise UserError(f'{folder}: not a folder of a local or mounted disk')
     self._source, self._folder = source, pathlib.Path(folder)
     self._dtype, self._shard_documents = dtype, shard_documents
-    self._settings = {
-      'input': str(source),
-      'input_sha256': source.fingerprint(),
-      **settings,
-      'shard_documents': shard_documents,
-    }
-    self._index = _open_begun(self._folder, self._settings, dtype)
+    self._settings = describe(source, settings, shard_documents)
+    self._index = open_begun(self._folder, self._settings, dtype)
     self.total = check_corpus(source)
     self.done = 0
     if self._index and len(self._index):
@@ -222,17 +216,56 @@ class CorpusWriter:
         progress.update(len(shard))
 
 
-def _open_begun(
+@contextlib.contextmanager
+def writing_index(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Makes the folder of an index, and holds it against other commands.
+
+  Raises:
+    LockedError: Another command writes it.
+    UserError: It cannot be written.
+  """
+  if '://' in os.fspath(folder) or os.path.isfile(folder):
+    raise UserError(f'{folder}: not a folder of a local or mounted disk')
+  path = pathlib.Path(folder)
+  with files.writing(path):
+    path.mkdir(parents=True, exist_ok=True)
+  # An index has a lock of its own, for each shard.
+  with files.lock(path / '.command.lock'):
+    yield path
+
+
+def describe(
+  source: FileSource, settings: dict[str, Any], shard_documents: int
+) -> dict[str, Any]:
+  """Returns what the metadata of an index says of what made it.
+
+  Args:
+    source: The corpus.
+    settings: See `CorpusWriter`.
+    shard_documents: Number of documents of a shard.
+  """
+  return {
+    'input': str(source),
+    'input_sha256': source.fingerprint(),
+    **settings,
+    'shard_documents': shard_documents,
+  }
+
+
+def open_begun(
   folder: pathlib.Path, settings: dict[str, Any], dtype: str
 ) -> Index | None:
   """Opens what was begun, if it was begun with the same; None if nothing was.
+
+  Args:
+    folder: The index.
+    settings: What `describe` returns.
+    dtype: That embeddings are stored in.
 
   Raises:
     UserError: It was begun with something else.
   """
   if not (folder / INDEX).exists():
-    with files.writing(folder):
-      folder.mkdir(parents=True, exist_ok=True)
     return None
   index = Index.open(folder)
   begun = {**index.metadata, 'dtype': index.dtype}

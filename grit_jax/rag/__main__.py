@@ -190,7 +190,13 @@ def ask(flags: argparse.Namespace) -> None:
   index = Index.open(flags.index)
   texts = ('model', 'model_sha256', 'model_dtype', 'model_quantization')
   where = f'{index.folder / INDEX}: metadata'
-  check_keys(index.metadata, where, **dict.fromkeys(texts, str))
+  check_keys(index.metadata, where, **dict.fromkeys(texts, str), documents=int)
+  whole = index.metadata['documents']
+  if len(index) < whole:
+    raise UserError(
+      f'{index.folder}: {len(index)} of {whole} passages are in the index. '
+      'Start `rag index` again, or wait until it ends.'
+    )
   caches = index.metadata.get('caches', '')
   if caches not in ('', *(mode.value for mode in Mode)):
     raise UserError(f'{where}: caches is {caches!r:.60}.')

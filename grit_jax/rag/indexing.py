@@ -14,10 +14,15 @@ from grit_jax.errors import UserError
 from grit_jax.files import writing
 from grit_jax.inference import arguments
 from grit_jax.inference.cache import to_dtype
-from grit_jax.inference.corpus import CorpusWriter
+from grit_jax.inference.corpus import (
+  CorpusWriter,
+  describe,
+  open_begun,
+  writing_index,
+)
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.shards import Document
-from grit_jax.initial import open_initial
+from grit_jax.initial import InitialModel, open_initial
 from grit_jax.rag.answering import encode_documents
 from grit_jax.rag.caches import DiskCaches
 from grit_jax.rag.documents import find_files, write_passages
@@ -47,15 +52,20 @@ def write_index(flags: argparse.Namespace) -> None:
   """
   files = find_files(flags.source)
   initial = open_initial(flags.model)
-  folder = pathlib.Path(flags.index)
-  target = folder / PASSAGES
+  with writing_index(flags.index) as folder:
+    _write(flags, files, initial, folder)
+
+
+def _write(
+  flags: argparse.Namespace,
+  files: Sequence[pathlib.Path],
+  initial: InitialModel,
+  folder: pathlib.Path,
+) -> None:
   if flags.caches == Mode.QUERY_DOC.value:
     prefix = BEHIND_QUERY
   else:
     prefix = format_embedding_prefix('', initial.tokenizer)
-  lengths = write_passages(
-    files, target, initial.tokenizer, flags.max_length, prefix
-  )
   settings = {
     'model': flags.model,
     'model_sha256': fingerprint(flags.model),
@@ -66,6 +76,18 @@ def write_index(flags: argparse.Namespace) -> None:
     'caches': flags.caches,
     'cache_dtype': flags.cache_dtype if flags.caches else '',
   }
+  # Of an index that is there, nothing changes before all is compared.
+  target, new = folder / PASSAGES, folder / f'.new-{PASSAGES}'
+  try:
+    lengths = write_passages(
+      files, new, initial.tokenizer, flags.max_length, prefix
+    )
+    made_of = describe(FileSource(new), settings, flags.shard_documents)
+    made_of['input'] = ', '.join(flags.source)
+    open_begun(folder, made_of, flags.stored_dtype)
+    new.replace(target)
+  finally:
+    new.unlink(missing_ok=True)
   writer = CorpusWriter(
     FileSource(target),
     folder,

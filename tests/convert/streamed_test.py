@@ -1,5 +1,6 @@
 """Tests of writing a checkpoint a slice at a time."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from grit_jax import checkpoint as checkpoint_module
 from grit_jax.checkpoint import Checkpoint
 from grit_jax.convert.streamed import StreamedArray, write_checkpoint
 from grit_jax.errors import UserError
+from grit_jax.files import LockedError
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = {'model': {'num_layers': 3}}
@@ -182,4 +184,15 @@ def test_a_stopped_writer_leaves_no_folder_that_looks_whole(tmp_path, arrays):
   assert 'model' not in [path.name for path in tmp_path.iterdir()]
   # What a killed one left is no obstacle.
   write(tmp_path / 'model', arrays)
+  assert [path.name for path in tmp_path.iterdir()] == ['model']
+
+
+def test_a_second_writer_is_refused_and_removes_nothing(tmp_path):
+  def parts():
+    with pytest.raises(LockedError, match=f'process {os.getpid()} on'):
+      write_checkpoint(tmp_path / 'model', arrays, {}, {})
+    yield (), np.ones(3, np.float32)
+
+  arrays = {'x': StreamedArray((3,), np.dtype('float32'), parts)}
+  write_checkpoint(tmp_path / 'model', arrays, {}, {})
   assert [path.name for path in tmp_path.iterdir()] == ['model']

@@ -27,6 +27,7 @@ from grit_jax.data.sources import HELD_OUT, TRAIN, sources
 from grit_jax.data.tokenizer import load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
+from grit_jax.files import lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -230,6 +231,14 @@ def test_source_and_target_must_differ(raw, config):
     prepare.prepare(
       change(config, paths=f'{raw}/.', tokenizer=tokenizer), str(raw)
     )
+
+
+def test_a_second_command_is_refused(raw, tmp_path, run_command):
+  target = tmp_path / 'prepared'
+  target.mkdir()
+  with lock(target / '.lock'):
+    assert run_command(*FLAGS).startswith(f'{target}: process {os.getpid()} on')
+  assert os.listdir(target) == ['.lock']
 
 
 def test_prepared_data_is_not_prepared_again(prepared, tmp_path):

@@ -12,7 +12,11 @@ import zstandard
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
 from grit_jax.errors import UserError
-from grit_jax.inference.corpus import CorpusWriter, parse_document
+from grit_jax.inference.corpus import (
+  CorpusWriter,
+  parse_document,
+  writing_index,
+)
 from grit_jax.inference.index import Index
 
 DIMENSION = 6
@@ -217,7 +221,8 @@ def test_an_index_is_not_written_over_a_file(tmp_path):
   path = write_corpus(tmp_path / 'c.jsonl')
   for folder in path, 'gs://bucket/index':
     with pytest.raises(UserError, match=f'^{folder}: not a folder of a'):
-      open_writer(path, folder)
+      with writing_index(folder):
+        raise AssertionError
 
 
 def test_a_text_that_is_blank_is_counted(tmp_path, caplog):

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from json_damage import check_every_damage_is_named
 
+from grit_jax import encode
 from grit_jax.errors import UserError
+from grit_jax.files import LockedError
 from grit_jax.inference.cache import KVCache
+from grit_jax.inference.corpus import writing_index
 from grit_jax.inference.index import Index
 from grit_jax.rag import __main__ as command
 from grit_jax.rag.caches import DiskCaches
@@ -168,7 +171,11 @@ def test_a_stopped_index_goes_on_to_the_same(
   assert len(Index.open(target)) == 2
   monkeypatch.setattr(DiskCaches, 'write', write)
   run(*flags)
-  files = sorted(p.relative_to(whole) for p in whole.rglob('*') if p.is_file())
+  files = sorted(
+    path.relative_to(whole)
+    for path in whole.rglob('*')
+    if path.is_file() and not path.name.endswith('lock')
+  )
   assert sum(path.parts[0] == 'caches' for path in files) > 4
   for path in files:
     expected = (whole / path).read_bytes()
@@ -194,6 +201,62 @@ def test_mistakes_end_in_one_message(index_of, tmp_path, flags, message):
   with pytest.raises(UserError, match=message) as stopped:
     run('ask', f'--index={target}', *flags, 'Who?')
   assert '\n' not in str(stopped.value)
+
+
+def test_documents_that_the_index_was_not_begun_with_change_nothing(
+  index_of, folder, notes, tmp_path
+):
+  target = shutil.copytree(index_of('doc-caching'), tmp_path / 'index')
+
+  def read_files():
+    return {
+      path: path.read_bytes()
+      for path in target.rglob('*')
+      if path.is_file() and not path.name.endswith('lock')
+    }
+
+  before = read_files()
+  more = tmp_path / 'more.md'
+  more.write_text('Another document.')
+  with pytest.raises(UserError, match=f'another content of input .*{more} has'):
+    run(
+      'index', f'--source={notes}', f'--source={more}', f'--model={folder}',
+      f'--index={target}', '--caches=doc-caching', *INDEX_FLAGS,
+    )  # fmt: skip
+  assert read_files() == before
+
+
+def test_a_second_command_is_refused_and_changes_nothing(
+  index_of, folder, notes, tmp_path
+):
+  target = shutil.copytree(index_of(''), tmp_path / 'index')
+  before = {p: p.read_bytes() for p in target.glob('*.json*')}
+  with writing_index(target):
+    with pytest.raises(LockedError, match=f'{target}: process .* since 2'):
+      run(
+        'index', f'--source={notes}', f'--model={folder}', f'--index={target}'
+      )
+    with pytest.raises(LockedError, match=f'{target}: process .* since 2'):
+      encode.encode(
+        encode.make_parser().parse_args(
+          [
+            f'--model={folder}',
+            f'--input={target}/passages.jsonl',
+            f'--output={target}',
+          ]
+        )
+      )
+  assert before == {p: p.read_bytes() for p in target.glob('*.json*')}
+
+
+def test_an_index_is_asked_when_it_is_whole(index_of, tmp_path):
+  target = shutil.copytree(index_of(''), tmp_path / 'index')
+  fields = json.loads((target / 'index.json').read_text())
+  whole = fields['documents']
+  del fields['shards'][-1]
+  (target / 'index.json').write_text(json.dumps(fields))
+  with pytest.raises(UserError, match=rf': \d+ of {whole} passages are in'):
+    run('ask', f'--index={target}', 'Who?')
 
 
 def test_another_models_index_is_refused(index_of, folder, tmp_path):
@@ -234,6 +297,6 @@ def test_ask_names_a_damaged_key_of_the_index(index_of, tmp_path):
     unread=[
       'documents', 'shards.*', 'metadata/caches gone',
       'metadata/(input|input_sha256|instruction|max_length|shard_documents|'
-      'documents|cache_dtype)',
+      'cache_dtype)',
     ],
   )  # fmt: skip
