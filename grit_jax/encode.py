@@ -7,10 +7,6 @@ the last whole shard.
 """
 
 import argparse
-import hashlib
-from collections.abc import Iterator
-
-from etils import epath
 
 from grit_jax import cli
 from grit_jax.data.sources import FileSource
@@ -18,9 +14,6 @@ from grit_jax.inference import arguments
 from grit_jax.inference.corpus import CorpusWriter, writing_index
 from grit_jax.inference.shards import DTYPES
 from grit_jax.initial import open_initial
-
-# Of a file of a model: its start, its middle and its end tell it from others.
-_SAMPLE_BYTES = 1 << 20
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,35 +58,6 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
-def fingerprint(model: str) -> str:
-  """Identifies the files of a model, of which samples are read.
-
-  Args:
-    model: As `--model`; a workdir stands for its newest checkpoint.
-
-  Returns:
-    A SHA-256, in hexadecimal.
-  """
-  folder = epath.Path(open_initial(model).where)
-  digest = hashlib.sha256()
-  for path in _find_files(folder):
-    size = path.stat().length
-    digest.update(f'{path.relative_to(folder)}\0{size}\0'.encode())
-    with path.open('rb') as file:
-      for start in (0, size // 2, size - _SAMPLE_BYTES):
-        file.seek(max(start, 0))
-        digest.update(file.read(_SAMPLE_BYTES))
-  return digest.hexdigest()
-
-
-def _find_files(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(folder.iterdir()):
-    if path.is_dir():
-      yield from _find_files(path)
-    else:
-      yield path
-
-
 def encode(flags: argparse.Namespace) -> None:
   """Embeds as the flags say.
 
@@ -101,10 +65,7 @@ def encode(flags: argparse.Namespace) -> None:
     UserError: what the flags name cannot be.
   """
   settings = {
-    'model': flags.model,
-    'model_sha256': fingerprint(flags.model),
-    'model_dtype': flags.dtype,
-    'model_quantization': flags.quantization,
+    **arguments.describe(flags, open_initial(flags.model)),
     'instruction': flags.instruction,
     'max_length': flags.max_length,
   }

@@ -1,5 +1,6 @@
 """Files and folders that are whole when they are there, and who writes them."""
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -214,6 +215,18 @@ def check_checksums(folder: pathlib.Path) -> None:
 def hash_json(value: Any) -> str:
   """Returns the SHA-256 of a value as JSON, whatever the order of its keys."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+  """Returns the SHA-256 of files of a folder by name, several at a time.
+
+  Raises:
+    UserError: one is missing, or cannot be read.
+  """
+  names = sorted(names)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = pool.map(lambda name: hash_file(folder / name), names)
+    return dict(zip(names, digests, strict=True))
 
 
 def check_file(path: epath.PathLike) -> None:

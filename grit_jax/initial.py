@@ -8,9 +8,11 @@ adapters is read as one of its base with them added.
 import abc
 import dataclasses
 import hashlib
+import json
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +34,7 @@ from grit_jax.checkpoint import (
 from grit_jax.config import ARCHITECTURE, Config, ModelConfig
 from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
+from grit_jax.convert.streamed import SOURCE
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.files import check_checksums, check_keys
@@ -49,6 +52,8 @@ from grit_jax.models.projections import projection_axes
 from grit_jax.models.quantization import put_weights, quantize_weight
 
 PROJECTION = ('projection', 'projection_bias')
+# Weights of a matrix that a fingerprint is made of, at most.
+_SAMPLE = 1 << 18
 
 
 class InitialModel(abc.ABC):
@@ -90,12 +95,20 @@ class InitialModel(abc.ABC):
     """
 
   def fingerprint(self) -> str:
-    """Returns what tells these weights from others, on any disk or mesh.
+    """Returns what tells this model from others, on any disk or mesh.
 
-    A hash of the norms and of a row of every matrix of the first, the middle
-    and the last layer, in float32.
+    A hash of its configuration, its tokenizer and, in float32, the norms and
+    some rows of every matrix of the first, the middle and the last layer. What
+    lies beside its files is no part of it, nor the dtype that they are stored
+    in.
     """
-    digest = hashlib.sha256()
+    fields = {
+      name: value
+      for name, value in dataclasses.asdict(self.model).items()
+      if name not in ('param_dtype', 'dtype')
+    }
+    described = json.dumps([fields, self.tokenizer.fingerprint], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
     layers = self.model.num_layers
     for path, shape in sorted(keys.weight_shapes(self.model).items()):
       digest.update(f'{path} {shape}'.encode())
@@ -110,12 +123,26 @@ class InitialModel(abc.ABC):
         ]
       for start in starts:
         index = [slice(i, i + 1) for i in start]
-        index += [slice(size // 2, size // 2 + 1) for size in rows]
+        for size in rows:
+          count = min(max(_SAMPLE // shape[-1], 1), size)
+          first = (size - count) // 2
+          index.append(slice(first, first + count))
         index += [slice(0, size) for size in shape[len(index) :]]
         digest.update(
           self.read(path, tuple(index), np.dtype('float32')).tobytes()
         )
     return digest.hexdigest()
+
+  def checksums(self) -> dict[str, str]:
+    """Returns the SHA-256 of the files of weights, by name.
+
+    They are of a Hugging Face folder, or of the one that a checkpoint was
+    converted from; a run's checkpoint has none.
+
+    Raises:
+      UserError: An export was changed since it was written.
+    """
+    return {}
 
 
 class _CheckpointModel(InitialModel):
@@ -137,6 +164,17 @@ class _CheckpointModel(InitialModel):
   ) -> np.ndarray:
     part = self._checkpoint.read_array(f'{MODEL}/{path}', index)
     return part.astype(dtype)
+
+  def checksums(self) -> dict[str, str]:
+    return _of_weights(self._checkpoint.fingerprints.get(SOURCE, {}))
+
+
+def _of_weights(checksums: dict[str, str]) -> dict[str, str]:
+  return {
+    name: digest
+    for name, digest in checksums.items()
+    if name.endswith('.safetensors')
+  }
 
 
 class AdaptedModel(InitialModel):
@@ -205,14 +243,40 @@ class AdaptedModel(InitialModel):
     name = f'{MODEL}/{adapter_path(path, factor)}'
     return self.adapters.read_array(name, leading)
 
+  def checksums(self) -> dict[str, str]:
+    """Returns those of the base."""
+    return self.base.checksums()
 
-def describe_base(base: InitialModel) -> dict[str, str]:
+
+def describe_base(base: InitialModel) -> dict[str, Any]:
   """Returns what a checkpoint of adapters says of their base."""
-  where = str(absolute(base.where))
-  return {'init_from': where, 'fingerprint': base.fingerprint()}
+  return {
+    'init_from': str(absolute(base.where)),
+    'fingerprint': base.fingerprint(),
+    'files': base.checksums(),
+  }
 
 
-def read_base(checkpoint: Checkpoint) -> dict[str, str]:
+def find_change(
+  initial: InitialModel, fingerprint: str, checksums: dict[str, str]
+) -> str:
+  """Returns what differs of a model from what it was; empty: nothing.
+
+  Args:
+    initial: The model as it is.
+    fingerprint: What `fingerprint` returned of it.
+    checksums: What `checksums` returned of it. Files of other names, as of
+      another conversion, are not compared.
+  """
+  if initial.fingerprint() != fingerprint:
+    return 'other weights, another configuration or another tokenizer'
+  for name, digest in initial.checksums().items():
+    if checksums.get(name, digest) != digest:
+      return f'another content of {name}'
+  return ''
+
+
+def read_base(checkpoint: Checkpoint) -> dict[str, Any]:
   """Returns what `describe_base` gave when a checkpoint was saved.
 
   Raises:
@@ -220,7 +284,7 @@ def read_base(checkpoint: Checkpoint) -> dict[str, str]:
   """
   where = f'{checkpoint.folder}: the item base'
   return check_keys(
-    checkpoint.read_base(), where, init_from=str, fingerprint=str
+    checkpoint.read_base(), where, init_from=str, fingerprint=str, files=dict
   )
 
 
@@ -231,10 +295,11 @@ def check_base(checkpoint: Checkpoint, base: InitialModel) -> None:
     UserError: They are for another one.
   """
   named = read_base(checkpoint)
-  if base.fingerprint() != named['fingerprint']:
+  change = find_change(base, named['fingerprint'], named['files'])
+  if change:
     raise UserError(
       f'{checkpoint.folder} has adapters of {named["init_from"]}, and '
-      f'{base.where} has other weights than that had.'
+      f'{base.where} has {change} than that had.'
     )
 
 
@@ -306,6 +371,9 @@ class _FolderModel(InitialModel):
       part[place] = self._folder.read(tensor, index[leading:])
     return part
 
+  def checksums(self) -> dict[str, str]:
+    return _of_weights(self._folder.checksums())
+
 
 def open_initial(path: epath.PathLike) -> InitialModel:
   """Opens a model by the path of its folder.
@@ -327,7 +395,7 @@ def open_initial(path: epath.PathLike) -> InitialModel:
   if (folder / 'config.json').exists():
     return _FolderModel(HfFolder(folder))
   raise UserError(
-    f'init_from={path} is neither a Hugging Face folder (with config.json) nor '
+    f'{path} is neither a Hugging Face folder (with config.json) nor '
     f'a checkpoint (with {STATE}/) nor a workdir (with checkpoints/).'
   )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from grit_jax.checkpoint import flatten
 from grit_jax.config import Config, DataConfig, ModelConfig
@@ -20,7 +20,12 @@ from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.initial import load_model, open_initial, take_architecture
+from grit_jax.initial import (
+  find_change,
+  load_model,
+  open_initial,
+  take_architecture,
+)
 from grit_jax.models import presets
 from grit_jax.models.quantization import quantize
 
@@ -250,3 +255,21 @@ def test_a_checkpoint_that_says_a_billion_layers_is_refused(
   for read in open_initial, lambda run: to_hf(run, tmp_path / 'hf'):
     with pytest.raises(UserError, match='weights are not those of its config'):
       read(run)
+
+
+def test_a_base_whose_file_changed_is_told_from_what_it_was(sources, tmp_path):
+  folder = shutil.copytree(sources('folder'), tmp_path / 'folder')
+  was = open_initial(folder)
+  kept = was.fingerprint(), was.checksums()
+  # A conversion is the same model, and knows the files that it was made of.
+  checkpoint = open_initial(sources('checkpoint'))
+  assert checkpoint.checksums() == kept[1] and list(kept[1])
+  assert find_change(checkpoint, *kept) == ''
+  path = folder / 'model.safetensors'
+  save_file(load_file(path), path, {'format': 'other'})
+  assert find_change(open_initial(folder), *kept) == (
+    'another content of model.safetensors'
+  )
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps({**config, 'rope_theta': 9.0}))
+  assert 'another configuration' in find_change(open_initial(folder), *kept)

@@ -1,6 +1,7 @@
 """A folder of Hugging Face into a checkpoint of ours."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,11 +14,14 @@ from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.convert.keys import Tensor
 from grit_jax.convert.streamed import StreamedArray, write_checkpoint
+from grit_jax.files import check_checksums
 from grit_jax.models.decoder import count_parameters
 
 
 def from_hf(source: epath.PathLike, target: epath.PathLike) -> None:
   """Converts a folder, one tensor at a time.
+
+  The checkpoint keeps the SHA-256 of the folder's files.
 
   Args:
     source: The folder: config.json, safetensors, and a tokenizer.
@@ -28,7 +32,9 @@ def from_hf(source: epath.PathLike, target: epath.PathLike) -> None:
     UserError: The folder is not one that can be converted.
     UserError: The target exists, or cannot be written.
   """
+  check_checksums(pathlib.Path(source))
   folder = HfFolder(source)
+  checksums = folder.checksums()
   slices: dict[str, list[Tensor]] = {}
   for tensor in folder.tensors:
     slices.setdefault(tensor.path, []).append(tensor)
@@ -43,7 +49,11 @@ def from_hf(source: epath.PathLike, target: epath.PathLike) -> None:
       for path, shape in shapes.items()
     }
     write_checkpoint(
-      target, arrays, dataclasses.asdict(folder.config), folder.tokenizer.files
+      target,
+      arrays,
+      dataclasses.asdict(folder.config),
+      folder.tokenizer.files,
+      checksums,
     )
   logging.info(
     '%s is written: %.3f billion weights in %s, %.2f GB.',

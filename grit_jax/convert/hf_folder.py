@@ -25,10 +25,14 @@ from grit_jax.config import (
 )
 from grit_jax.convert import hf_config, keys
 from grit_jax.convert.keys import PROJECTION_FOLDER, Tensor
-from grit_jax.convert.safetensors_reader import StoredTensor, find_tensors
+from grit_jax.convert.safetensors_reader import (
+  INDEX_FILE,
+  StoredTensor,
+  find_tensors,
+)
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.files import check_keys, load_json, read_json
+from grit_jax.files import check_keys, hash_files, load_json, read_json
 from grit_jax.models.attention import rotary_frequencies
 
 # Our exports have it: the run's whole configuration, as JSON.
@@ -98,6 +102,17 @@ class HfFolder:
         f'{self.path}: the tokenizer has {self.tokenizer.vocab_size} ids, and '
         f'the model has vocab_size={model.vocab_size}.'
       )
+
+  def checksums(self) -> dict[str, str]:
+    """Returns the SHA-256 of each file that was read, by name."""
+    names = {str(t.file.relative_to(self.path)) for t in self._stored.values()}
+    for name in (
+      hf_config.CONFIG_FILE, RUN_FILE, INDEX_FILE, MODULES_FILE,
+      *self.tokenizer.files,
+    ):  # fmt: skip
+      if (self.path / name).exists():
+        names.add(name)
+    return hash_files(self.path, names)
 
   def read(self, tensor: Tensor, window: tuple[slice, ...]) -> np.ndarray:
     """Reads a part of a weight, and of the disk what that needs.

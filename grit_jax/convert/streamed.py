@@ -18,6 +18,9 @@ from grit_jax.checksums import start_of, sum_part
 from grit_jax.errors import UserError
 from grit_jax.files import LockedError, hash_json, is_local, lock
 
+# Of the item `fingerprints`: what a checkpoint was converted from.
+SOURCE = 'source'
+
 
 @dataclasses.dataclass
 class StreamedArray:
@@ -97,6 +100,7 @@ def write_checkpoint(
   arrays: Mapping[str, StreamedArray],
   config: dict[str, Any],
   tokenizer: Mapping[str, bytes],
+  checksums: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a checkpoint that holds a model alone.
 
@@ -106,6 +110,7 @@ def write_checkpoint(
     arrays: The model's weights by path, `blocks/attention/q`.
     config: The configuration, as JSON has it.
     tokenizer: The tokenizer's files by name.
+    checksums: Of the files that the model was converted from, by name.
 
   Raises:
     UserError: The target exists, or cannot be written. What was written
@@ -145,6 +150,7 @@ def write_checkpoint(
           f'{checkpoint.MODEL}/{path}': array.checksum % 2**32
           for path, array in arrays.items()
         },
+        SOURCE: dict(checksums or {}),
       }
     ),
   }

@@ -32,6 +32,8 @@ from grit_jax.files import check_file
 BOS = '<s>'
 EOS = '</s>'
 
+# Llama 3's own file of that name: a piece in Base64 and its rank, a line.
+_LLAMA3 = re.compile(rb'[A-Za-z0-9+/]+=* \d+\n')
 SENTENCEPIECE_FILE = 'tokenizer.model'
 JSON_FILE = 'tokenizer.json'
 CONFIG_FILE = 'tokenizer_config.json'
@@ -460,7 +462,8 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     path: A sentencepiece model, a `tokenizer.json`, beside which
       `tokenizer_config.json` lies, or a folder as Hugging Face publishes it;
       local or gs://. Of a folder that has both, the sentencepiece model is
-      taken, unless it cannot be used or `tokenizer.json` has more tokens.
+      taken, unless it is of Llama 3's format or `tokenizer.json` has more
+      tokens.
 
   Returns:
     The tokenizer.
@@ -511,11 +514,10 @@ def _load_folder(folder: epath.Path) -> Tokenizer:
     return _load_json(json_file)
   if not json_file.exists():
     return SentencePieceTokenizer(_read(model), str(model))
-  try:
-    tokenizer = SentencePieceTokenizer(_read(model), str(model))
-  except TokenizerError:
-    # As of Llama 3, whose file of that name is of another format.
+  data = _read(model)
+  if _LLAMA3.match(data):
     return _load_json(json_file)
+  tokenizer = SentencePieceTokenizer(data, str(model))
   published = _parse_tokenizer(_read(json_file), str(json_file))
   added = published.get_added_tokens_decoder().values()
   if all(tokenizer.can_write(token.content) for token in added):

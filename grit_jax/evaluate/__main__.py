@@ -131,8 +131,8 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
     from lm_eval.utils import make_table
 
     from grit_jax.evaluate import generative_tasks
-    from grit_jax.evaluate.fingerprint import fingerprint
     from grit_jax.evaluate.lm_eval_model import LanguageModel
+    from grit_jax.evaluate.revision import find_revision
   except ModuleNotFoundError as error:
     raise _missing(error, 'lm') from error
   names = cli.split_names(flags.tasks)
@@ -145,7 +145,7 @@ def evaluate_lm(flags: argparse.Namespace) -> None:
   found: Mapping[str, Mapping] = generative_tasks.evaluate(
     model,
     names,
-    folder / fingerprint(model.model, max_length=model.max_length),
+    folder / find_revision(model.model, max_length=model.max_length),
     manager=manager,
     limit=flags.limit,
     run_unsafe_code=flags.run_unsafe_code,

@@ -17,8 +17,8 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from grit_jax.errors import UserError
-from grit_jax.evaluate.fingerprint import fingerprint
 from grit_jax.evaluate.instructions import INSTRUCTIONS
+from grit_jax.evaluate.revision import find_revision
 from grit_jax.inference.gritlm import GritLM
 
 
@@ -43,7 +43,7 @@ class Encoder(AbsEncoder):
     self.mteb_model_meta = ModelMeta.create_empty(
       {
         'name': f'grit_jax/{name}',
-        'revision': fingerprint(model, max_length=max_length),
+        'revision': find_revision(model, max_length=max_length),
         'embed_dim': config.projection_dim or config.embed_dim,
         'max_tokens': max_length,
         'similarity_fn_name': ScoringFunction.COSINE,

@@ -1,11 +1,14 @@
 """What commands that load a model have in common: flags, and the loading."""
 
 import argparse
+from typing import Any
 
 from grit_jax import cli
+from grit_jax.checkpoint import absolute
 from grit_jax.config import MeshConfig
 from grit_jax.errors import ConfigError
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.initial import InitialModel
 from grit_jax.models.quantization import KINDS
 
 
@@ -56,6 +59,24 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     type=parse_mesh,
     help='over all devices, such as tensor=4 (default: the first device)',
   )
+
+
+def describe(
+  flags: argparse.Namespace, initial: InitialModel
+) -> dict[str, Any]:
+  """Returns what an index says of the model that the flags name.
+
+  Args:
+    flags: Those of `add_model`.
+    initial: The model.
+  """
+  return {
+    'model': str(absolute(flags.model)),
+    'model_sha256': initial.fingerprint(),
+    'model_files': initial.checksums(),
+    'model_dtype': flags.dtype,
+    'model_quantization': flags.quantization,
+  }
 
 
 def load(flags: argparse.Namespace) -> GritLM:

@@ -29,7 +29,7 @@ from grit_jax.inference.shards import Document, hash_id
 
 # Where a corpus and a model lie: it may change while they do not.
 _PLACES = ('input', 'model')
-_HASHED = '_sha256'
+_HASHED, _FILES = '_sha256', '_files'
 
 Embed = Callable[[Sequence[Document]], np.ndarray]
 
@@ -273,8 +273,12 @@ def open_begun(
     found = begun.get(name)
     if name in _PLACES or found == value:
       continue
-    if name.endswith(_HASHED):
-      what = name.removesuffix(_HASHED)
+    if name.endswith(_FILES) and isinstance(found, dict):
+      # Of another conversion, files have other names, and the same weights.
+      if all(value[key] == found[key] for key in value.keys() & found.keys()):
+        continue
+    if name.endswith((_HASHED, _FILES)):
+      what = name.removesuffix(_HASHED).removesuffix(_FILES)
       change = (
         f'another content of {what} ({begun.get(what)}) than '
         f'{settings[what]} has now'

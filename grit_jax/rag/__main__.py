@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 
 from absl import logging
+from etils import epath
 
 from grit_jax import cli
 from grit_jax.config import Seed, Weight
-from grit_jax.encode import fingerprint
 from grit_jax.errors import UserError
 from grit_jax.files import check_keys
 from grit_jax.inference import arguments
@@ -18,6 +18,7 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import INDEX, Index
 from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.shards import DTYPES
+from grit_jax.initial import find_change, open_initial
 from grit_jax.rag.answering import Answer, Answerer, encode_documents
 from grit_jax.rag.caches import DiskCaches, HostCaches
 from grit_jax.rag.indexing import format_size, write_index
@@ -188,9 +189,17 @@ def choose_mode(name: str, caches: str) -> Mode:
 def ask(flags: argparse.Namespace) -> None:
   """Answers questions, and shows the sources."""
   index = Index.open(flags.index)
-  texts = ('model', 'model_sha256', 'model_dtype', 'model_quantization')
   where = f'{index.folder / INDEX}: metadata'
-  check_keys(index.metadata, where, **dict.fromkeys(texts, str), documents=int)
+  check_keys(
+    index.metadata,
+    where,
+    model=str,
+    model_sha256=str,
+    model_files=dict,
+    model_dtype=str,
+    model_quantization=str,
+    documents=int,
+  )
   whole = index.metadata['documents']
   if len(index) < whole:
     raise UserError(
@@ -201,11 +210,16 @@ def ask(flags: argparse.Namespace) -> None:
   if caches not in ('', *(mode.value for mode in Mode)):
     raise UserError(f'{where}: caches is {caches!r:.60}.')
   mode = choose_mode(flags.mode, caches)
-  path = flags.model or index.metadata['model']
-  if fingerprint(path) != index.metadata['model_sha256']:
+  path = flags.model or _find_model(index)
+  change = find_change(
+    open_initial(path),
+    index.metadata['model_sha256'],
+    index.metadata['model_files'],
+  )
+  if change:
     raise UserError(
       f'{flags.index}: {path} is not the model that made this index, '
-      f'{index.metadata["model"]}'
+      f'{index.metadata["model"]}: it has {change}.'
     )
   typed = ([question] for question in _read_questions())
   sampling = Sampling(flags.max_new_tokens, flags.temperature, seed=flags.seed)
@@ -219,6 +233,21 @@ def ask(flags: argparse.Namespace) -> None:
       'on the disk.',
       len(answerer.caches), format_size(answerer.caches.nbytes),
     )  # fmt: skip
+
+
+def _find_model(index: Index) -> str:
+  """Returns where the model of an index is.
+
+  Raises:
+    UserError: It is not there any more.
+  """
+  path = index.metadata['model']
+  if not epath.Path(path).exists():
+    raise UserError(
+      f'{index.folder}: the model that made this index, {path}, is not there. '
+      'Say where it is now with --model.'
+    )
+  return path
 
 
 def benchmark(flags: argparse.Namespace) -> None:

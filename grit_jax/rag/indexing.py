@@ -9,7 +9,6 @@ import numpy as np
 
 from grit_jax.data.formats import format_embedding_prefix
 from grit_jax.data.sources import FileSource
-from grit_jax.encode import fingerprint
 from grit_jax.errors import UserError
 from grit_jax.files import writing
 from grit_jax.inference import arguments
@@ -67,10 +66,7 @@ def _write(
   else:
     prefix = format_embedding_prefix('', initial.tokenizer)
   settings = {
-    'model': flags.model,
-    'model_sha256': fingerprint(flags.model),
-    'model_dtype': flags.dtype,
-    'model_quantization': flags.quantization,
+    **arguments.describe(flags, initial),
     'instruction': '',
     'max_length': flags.max_length,
     'caches': flags.caches,

@@ -49,6 +49,31 @@ def load_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
   return tensors
 
 
+def test_a_change_of_any_file_of_an_export_is_named(tmp_path, write_run):
+  """But of the card, which is for people."""
+  write_run(tmp_path / 'run', change(projection_dim=8))
+  to_hf.to_hf(tmp_path / 'run', tmp_path / 'hf')
+  files = sorted(p for p in (tmp_path / 'hf').rglob('*') if p.is_file())
+  assert len(files) > 12
+  for path in files:
+    content = path.read_bytes()
+    if path.name == 'README.md':
+      continue
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 1])
+    damages = [content[:middle] + flipped + content[middle + 1 :], b'']
+    # Without it an export is as somebody else's folder.
+    damages += [None] * (path.name != 'checksums.json')
+    for damage in damages:
+      path.unlink()
+      if damage is not None:
+        path.write_bytes(damage)
+      with pytest.raises(UserError, match=path.name):
+        from_hf(tmp_path / 'hf', tmp_path / 'out')
+      path.write_bytes(content)
+  from_hf(tmp_path / 'hf', tmp_path / 'out')
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
   return (
     a.dtype == b.dtype

@@ -572,12 +572,28 @@ def test_tokens_that_the_model_lacks_need_the_json(
   assert type(load_tokenizer(tmp_path)) is kind
 
 
-@pytest.mark.parametrize('data', [TIKTOKEN, b''])
 def test_a_folder_whose_model_is_of_another_format_has_the_json(
-  tmp_path, llama3_files, data
+  tmp_path, llama3_files
 ):
-  write_folder(tmp_path, {'tokenizer.model': data})
+  write_folder(tmp_path, {'tokenizer.model': TIKTOKEN})
   with pytest.raises(TokenizerError, match='tokenizer.model: not a sentence'):
     load_tokenizer(tmp_path)
   write_folder(tmp_path, llama3_files)
   assert type(load_tokenizer(tmp_path)) is JsonTokenizer
+
+
+@pytest.mark.parametrize('damage', ['empty', 'half', 'text'])
+def test_a_damaged_model_is_not_another_tokenizer(
+  tmp_path, model_bytes, llama3_files, damage
+):
+  for name, data in llama3_files.items():
+    (tmp_path / name).write_bytes(data)
+  (tmp_path / 'tokenizer.model').write_bytes(
+    {
+      'empty': b'',
+      'half': model_bytes[: len(model_bytes) // 2],
+      'text': b'version https://git-lfs.github.com/spec/v1\n',
+    }[damage]
+  )
+  with pytest.raises(TokenizerError, match='tokenizer.model'):
+    load_tokenizer(tmp_path)

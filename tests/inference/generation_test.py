@@ -12,7 +12,7 @@ import pytest
 from grit_jax import GritLM
 from grit_jax.batch import Rows
 from grit_jax.config import Config, MeshConfig, ModelConfig
-from grit_jax.convert.hf_folder import RUN_FILE
+from grit_jax.convert.hf_folder import CHECKSUMS_FILE, RUN_FILE
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.inference import generation
 from grit_jax.inference.cache import KVCache
@@ -100,7 +100,8 @@ def test_greedy_tokens_are_those_of_transformers(
   write_run(tmp_path / 'run', Config(model=MODEL))
   to_hf(tmp_path / 'run', tmp_path / 'hf')
   # A folder that others have written says less of the model.
-  (tmp_path / 'hf' / RUN_FILE).unlink()
+  for name in RUN_FILE, CHECKSUMS_FILE:
+    (tmp_path / 'hf' / name).unlink()
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'hf', dtype=torch.float32
   )

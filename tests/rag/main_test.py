@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from json_damage import check_every_damage_is_named
+from safetensors.numpy import load_file, save_file
 
 from grit_jax import encode
 from grit_jax.errors import UserError
@@ -259,11 +260,38 @@ def test_an_index_is_asked_when_it_is_whole(index_of, tmp_path):
     run('ask', f'--index={target}', 'Who?')
 
 
-def test_another_models_index_is_refused(index_of, folder, tmp_path):
+def test_an_index_is_asked_from_another_folder(
+  folder, notes, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(folder.parent)
+  run(
+    'index', f'--source={notes}', f'--model={folder.name}',
+    f'--index={tmp_path / "index"}', *INDEX_FLAGS,
+  )  # fmt: skip
+  monkeypatch.chdir(tmp_path)
+  run('ask', '--index=index', '--max_new_tokens=1', 'Who?')
+  path = tmp_path / 'index' / 'index.json'
+  path.write_text(path.read_text().replace(str(folder), str(tmp_path / 'gone')))
+  with pytest.raises(UserError, match='gone, is not there. Say .* --model'):
+    run('ask', '--index=index', 'Who?')
+
+
+def test_another_models_index_is_refused(index_of, folder, tmp_path, capsys):
   other = shutil.copytree(folder, tmp_path / 'other')
-  (other / 'README.md').write_text('changed')
+  (other / 'README.md').write_text('A note.')
+  (other / 'checksums.json').unlink()
+  ask = ('ask', f'--index={index_of("")}', f'--model={other}')
+  run(*ask, '--max_new_tokens=1', 'Who?')
+  # A comment in the file of the weights: they are the same, the file is not.
+  weights = other / 'model.safetensors'
+  save_file(load_file(weights), weights, {'format': 'changed'})
+  with pytest.raises(UserError, match='has another content of model.safetens'):
+    run(*ask, 'Who?')
+  save_file(
+    {name: 2 * value for name, value in load_file(weights).items()}, weights
+  )
   with pytest.raises(UserError, match='is not the model that made this index'):
-    run('ask', f'--index={index_of("")}', f'--model={other}', 'Who?')
+    run(*ask, 'Who?')
 
 
 def test_a_full_disk_is_refused_before_work(
@@ -297,6 +325,6 @@ def test_ask_names_a_damaged_key_of_the_index(index_of, tmp_path):
     unread=[
       'documents', 'shards.*', 'metadata/caches gone',
       'metadata/(input|input_sha256|instruction|max_length|shard_documents|'
-      'cache_dtype)',
+      'cache_dtype|model_files/.*)',
     ],
   )  # fmt: skip

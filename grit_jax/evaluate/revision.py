@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from grit_jax.inference.gritlm import GritLM
 
 
-def fingerprint(model: GritLM, **settings: int) -> str:
+def find_revision(model: GritLM, **settings: int) -> str:
   """Returns 12 hexadecimal digits of all that a model's results depend on.
 
   They are the same on every mesh and machine: of the weights they take the sums
