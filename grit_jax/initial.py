@@ -64,9 +64,11 @@ class InitialModel(abc.ABC):
     model: Its architecture, and whether it has a projection.
     tokenizer: Its tokenizer.
     dtype: Of its weights as stored, float32 or bfloat16.
+    has_head: Whether it can generate.
   """
 
   where: str
+  has_head = True
   model: ModelConfig
   tokenizer: Tokenizer
   dtype: str
@@ -198,7 +200,7 @@ class AdaptedModel(InitialModel):
     self.model, self.adapters = self.config.model, checkpoint
     self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
     self.base = open_initial(read_base(checkpoint)['init_from'])
-    self.dtype = self.base.dtype
+    self.dtype, self.has_head = self.base.dtype, self.base.has_head
     check_base(checkpoint, self.base)
     self._targets = target_axes(self.model, self.config.lora)
     _find_arrays(checkpoint, adapter_shapes(self.model, self.config.lora))
@@ -346,7 +348,7 @@ class _FolderModel(InitialModel):
   def __init__(self, folder: HfFolder):
     self.where = str(folder.path)
     self.model, self.tokenizer = folder.model, folder.tokenizer
-    self.dtype = folder.dtype
+    self.dtype, self.has_head = folder.dtype, folder.has_head
     self._folder = folder
 
   def verify(self) -> None:
@@ -404,8 +406,14 @@ def take_architecture(config: Config, initial: InitialModel) -> Config:
   """Returns the config with the architecture of the model it starts from.
 
   Raises:
-    ConfigError: the config has another one, or one that contradicts the data.
+    ConfigError: the config has another one, or one that contradicts the data,
+      or an objective that needs the head that the model lacks.
   """
+  if config.objective.has_generative and not initial.has_head:
+    raise ConfigError(
+      f'objective.mode={config.objective.mode}: {initial.where} has no head '
+      '(lm_head.weight), and can be trained to embed alone.'
+    )
   model, source = config.model, initial.model
   differences = [
     f'model.{name}={getattr(model, name)!r}, there {getattr(source, name)!r}'

@@ -14,6 +14,7 @@ from grit_jax.convert import keys
 from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.convert.keys import Tensor
 from grit_jax.convert.streamed import StreamedArray, write_checkpoint
+from grit_jax.errors import UserError
 from grit_jax.files import check_checksums
 from grit_jax.models.decoder import count_parameters
 
@@ -34,6 +35,11 @@ def from_hf(source: epath.PathLike, target: epath.PathLike) -> None:
   """
   check_checksums(pathlib.Path(source))
   folder = HfFolder(source)
+  if not folder.has_head:
+    raise UserError(
+      f'{folder.path} has no head (lm_head.weight): it embeds as it is, and '
+      'cannot become a checkpoint, which generates too.'
+    )
   checksums = folder.checksums()
   slices: dict[str, list[Tensor]] = {}
   for tensor in folder.tensors:

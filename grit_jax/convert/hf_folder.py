@@ -64,6 +64,8 @@ class HfFolder:
     config: What a checkpoint of it says: the run's of an export of ours.
     tokenizer: The tokenizer.
     tensors: All tensors that are weights here.
+    has_head: False for a model that was saved without one, to embed; it then
+      counts as one of tied embeddings.
     dtype: Of all weights: bfloat16 where all of them are, else float32, to
       which float16 and bfloat16 widen without a loss.
   """
@@ -77,7 +79,11 @@ class HfFolder:
     """
     self.path = _local(folder)
     model, run = _read_model(self.path)
-    stored = find_tensors(self.path)
+    stored = _add_prefix(find_tensors(self.path))
+    self.has_head = not _is_headless(self.path, model, stored)
+    if not self.has_head:
+      # Nothing that embeds reads one.
+      model = dataclasses.replace(model, tie_embeddings=True)
     _check_size(self.path, model, stored)
     _take_out_extras(self.path, model, stored)
     _check_names(self.path, keys.tensors(model), stored)
@@ -257,6 +263,29 @@ def _read_projection(folder: pathlib.Path) -> tuple[int, int] | None:
       'a projection is linear (Identity) with a bias.'
     )
   return config['in_features'], config['out_features']
+
+
+def _add_prefix(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+  """Names tensors as a model with a head does, if one without was saved."""
+  if any(name.startswith('model.') for name in stored):
+    return stored
+  return {
+    name if name == _HEAD else f'model.{name}': tensor
+    for name, tensor in stored.items()
+  }
+
+
+def _is_headless(
+  folder: pathlib.Path, model: ModelConfig, stored: dict[str, StoredTensor]
+) -> bool:
+  """Whether a model was saved without a head, not with one that is lost."""
+  named = hf_config.read_config(folder).get('architectures') or []
+  return not (
+    model.tie_embeddings
+    or _HEAD in stored
+    or (folder / RUN_FILE).exists()
+    or any('ForCausalLM' in str(name) for name in named)
+  )
 
 
 def _check_size(

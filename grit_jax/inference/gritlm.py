@@ -82,6 +82,8 @@ class GritLM:
     self._encoder = Encoder(config, model, tokenizer)
     self._scorer = Scorer(config, model)
     self._lock = threading.Lock()
+    # The folder of a model that was saved without a head.
+    self._headless = ''
 
   @classmethod
   def load(
@@ -131,7 +133,9 @@ class GritLM:
     sharding.validate(config, grid)
     with jax.set_mesh(grid):
       model = load_unstacked(config, initial, quantization)
-    return cls(config, model, initial.tokenizer, grid)
+    loaded = cls(config, model, initial.tokenizer, grid)
+    loaded._headless = '' if initial.has_head else initial.where
+    return loaded
 
   @overload
   def encode(
@@ -357,6 +361,7 @@ class GritLM:
         to be generated is longer than the model's positions.
     """
     settings.validate()
+    self._check_head()
     if cache is not None and not isinstance(prompt, str):
       raise UserError('A cache is gone on from with a string, not messages.')
     parts = self._prompt_parts(prompt, bos=cache is None)
@@ -480,6 +485,7 @@ class GritLM:
     Returns:
       The scores, in order.
     """
+    self._check_head()
     found: dict[int, Score] = {}
     with (
       self._lock,
@@ -497,6 +503,13 @@ class GritLM:
           callback(number, score)
         bar.update()
     return [found[i] for i in range(len(candidates))]
+
+  def _check_head(self) -> None:
+    if self._headless:
+      raise UserError(
+        f'{self._headless} has no head (lm_head.weight): it embeds, and cannot '
+        'generate.'
+      )
 
   def _encode_candidate(self, prompt: PromptText, text: str) -> Candidate:
     _check_text(text, 'a continuation')

@@ -11,12 +11,13 @@ import pytest
 from absl import logging as absl_logging
 
 from grit_jax import GritLM
-from grit_jax.config import Config, MeshConfig
+from grit_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig
+from grit_jax.convert.from_hf import from_hf
 from grit_jax.convert.to_hf import MAX_SHARD_BYTES, to_hf
 from grit_jax.data.formats import EmbeddingText, FormatError
-from grit_jax.errors import ConfigError
+from grit_jax.errors import ConfigError, UserError
 from grit_jax.inference.encoding import LEAST_ROW, Request, round_length
-from grit_jax.initial import load_model, open_initial
+from grit_jax.initial import load_model, open_initial, take_architecture
 from grit_jax.models import presets
 
 # Two float32 programs over two layers; embeddings have length 1.
@@ -230,3 +231,44 @@ def test_bfloat16_weights_stay_near(
   assert {x.dtype.name for x in jax.tree.leaves(model.model)} == {'bfloat16'}
   found = model.encode(TEXTS, max_length=1024)
   assert ((found * encoded).sum(axis=1) > INT8_COSINE).all()
+
+
+def test_a_model_saved_without_a_head_embeds_and_says_so(tmp_path, write_hf):
+  whole = write_hf(tmp_path / 'whole')
+  bare = {
+    name.removeprefix('model.'): value
+    for name, value in whole.items()
+    if name != 'lm_head.weight'
+  }
+  folder = tmp_path / 'bare'
+  write_hf(folder, tensors=bare, architectures=['LlamaModel'])
+  model = GritLM.load(folder)
+  np.testing.assert_array_equal(
+    model.encode('a text'), GritLM.load(tmp_path / 'whole').encode('a text')
+  )
+  message = f'{folder} has no head'
+  with pytest.raises(UserError, match=message):
+    model.generate('a text')
+  with pytest.raises(UserError, match=message):
+    model.score('a', ' text')
+  with pytest.raises(UserError, match=message):
+    from_hf(folder, tmp_path / 'checkpoint')
+  for mode in 'generative', 'unified', 'embedding':
+    config = Config(
+      model=presets.of_init_from(),
+      objective=ObjectiveConfig(mode=mode),
+      data=DataConfig(
+        'x', max_query_tokens=8, max_passage_tokens=8, max_generative_tokens=8
+      ),
+      init_from=str(folder),
+    )
+    if mode == 'embedding':
+      taken = take_architecture(config, open_initial(folder))
+      assert taken.model.tie_embeddings
+    else:
+      with pytest.raises(ConfigError, match=f'mode={mode}: {message}'):
+        take_architecture(config, open_initial(folder))
+  # A head that is lost is another thing.
+  write_hf(tmp_path / 'lost', tensors=bare)
+  with pytest.raises(UserError, match='lm_head.weight is missing'):
+    GritLM.load(tmp_path / 'lost')
