@@ -9,6 +9,7 @@ from absl import logging
 from etils import epath
 
 from grit_jax.config import Config
+from grit_jax.convert.tokenizer_files import tokenizer_json
 from grit_jax.data import records
 from grit_jax.data.dataset import (
   Dataset,
@@ -28,7 +29,11 @@ from grit_jax.data.reports import (
 )
 from grit_jax.data.sources import TRAIN, FileSource, Source
 from grit_jax.data.tokenization import is_settled, tokenize
-from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
+from grit_jax.data.tokenizer import (
+  SentencePieceTokenizer,
+  Tokenizer,
+  load_tokenizer,
+)
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError
 from grit_jax.files import write_file
@@ -109,12 +114,25 @@ def _strings(config: Config, source: Source) -> Iterator[str]:
     yield from records.strings_of(record)
 
 
+def check_exportable(tokenizer: Tokenizer) -> None:
+  """Checks that a model can be exported with a tokenizer, before it is trained.
+
+  Raises:
+    TokenizerError: it is a sentencepiece model that `tokenizer.json` cannot
+      say, such as a unigram model.
+  """
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    tokenizer_json(tokenizer)
+
+
 def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
   """Returns the config with the vocabulary that the tokenizer needs.
 
   Raises:
     ConfigError: the model's vocabulary is smaller.
+    TokenizerError: an export could not have the tokenizer.
   """
+  check_exportable(tokenizer)
   size = config.model.vocab_size
   if size and size < tokenizer.vocab_size:
     raise ConfigError(

@@ -23,7 +23,7 @@ from grit_jax.config import (
   ShareBelowOne,
 )
 from grit_jax.data import summary
-from grit_jax.data.preparation import make_settings
+from grit_jax.data.preparation import check_exportable, make_settings
 from grit_jax.data.prepared import PreparedSource, write_prepared
 from grit_jax.data.sources import Source, sources
 from grit_jax.data.tokenization import tokenize
@@ -130,6 +130,7 @@ def prepare(config: Config, target: str) -> None:
         f'{target} is both source and target; choose another folder to write.'
       )
   tokenizer = load_tokenizer(config.data.tokenizer)
+  check_exportable(tokenizer)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   with lock(directory / '.lock'):

@@ -1,6 +1,9 @@
 """Tests of the command that prepares data, and of runs on what it leaves."""
 
+import argparse
 import dataclasses
+import inspect
+import io
 import json
 import os
 import pathlib
@@ -12,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import sentencepiece
 from json_damage import check_every_damage_is_named
 
 from grit_jax.config import (
@@ -24,7 +28,7 @@ from grit_jax.data import preparation, prepare, records
 from grit_jax.data.preparation import make_settings
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import HELD_OUT, TRAIN, sources
-from grit_jax.data.tokenizer import load_tokenizer
+from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.files import lock
@@ -430,3 +434,22 @@ def test_every_damage_of_a_json_file_is_named(
       'splits/.*/report/(dropped|skipped|faults)/.*',
     ],
   )
+
+
+def test_a_tokenizer_that_no_export_can_have_is_refused_at_the_start(
+  raw, tmp_path, run_command, config
+):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(inspect.getsource(argparse).splitlines()),
+    model_writer=model, model_type='unigram', vocab_size=600,
+    byte_fallback=True, unk_id=0,
+    bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name='identity',
+    remove_extra_whitespaces=False, minloglevel=2,
+  )  # fmt: skip
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(model.getvalue())
+  assert 'cannot be written as a tokenizer.json' in run_command(*FLAGS)
+  assert not (tmp_path / 'prepared').exists()
+  with pytest.raises(TokenizerError, match='cannot be written as a tokenizer'):
+    preparation.fit_vocabulary(config, load_tokenizer(path))
