@@ -17,6 +17,7 @@ from grit_jax.checkpoint import flatten
 from grit_jax.config import Config, DataConfig, ModelConfig
 from grit_jax.convert import hf_config, keys
 from grit_jax.convert.from_hf import from_hf
+from grit_jax.convert.streamed import StreamedArray, write_checkpoint
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
@@ -244,17 +245,23 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize('name', ['num_layers', 'num_experts'])
 def test_a_checkpoint_that_says_a_billion_layers_is_refused(
-  sources, tmp_path, name
+  tmp_path, tokenizer_model, name
 ):
-  run = tmp_path / 'run'
-  shutil.copytree(sources('checkpoint'), run)
-  path = run / 'config' / 'config.json'
-  values = json.loads(path.read_text())
-  values['model'][name] = 10**9
-  path.write_text(json.dumps(values))
+  config = make_config(dataclasses.replace(SOURCE, **{name: 10**9}))
+  norms = StreamedArray(
+    (2, SOURCE.embed_dim),
+    np.dtype('float32'),
+    lambda: iter([((), np.ones((2, SOURCE.embed_dim), np.float32))]),
+  )
+  write_checkpoint(
+    tmp_path / 'run',
+    {'blocks/attention_norm': norms},
+    dataclasses.asdict(config),
+    {'tokenizer.model': tokenizer_model},
+  )
   for read in open_initial, lambda run: to_hf(run, tmp_path / 'hf'):
     with pytest.raises(UserError, match='weights are not those of its config'):
-      read(run)
+      read(tmp_path / 'run')
 
 
 def test_a_base_whose_file_changed_is_told_from_what_it_was(sources, tmp_path):

@@ -190,7 +190,7 @@ def test_a_stopped_index_goes_on_to_the_same(
   [
     (('--mode=doc-caching', '--documents=2'), 'of 1 document, not 2'),
     (('--mode=query-doc-caching',), 'are for doc-caching, not for query-doc'),
-    (('--temperature=-1',), 'temperature=-1.0 must be 0 or more'),
+    (('--temperature=-1',), '--temperature: .-1. is not a number'),
     (('--max_new_tokens=2000',), 'more than the 1024 positions'),
     ((' ',), 'Question 1 of 2 is blank'),
     (('--model={missing}',), 'missing'),
