@@ -312,8 +312,15 @@ def check_place(path: epath.PathLike) -> None:
   """Checks that a path is of a disk or of gs://, which needs a package.
 
   Raises:
-    UserError: it is neither, or the package is missing.
+    UserError: it is neither, the package is missing, or its name is not UTF-8,
+      which no JSON can hold.
   """
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{os.fspath(path)!a}: the name is not UTF-8; rename it'
+    ) from error
   if is_local(path):
     return
   if not os.fspath(path).startswith('gs://'):

@@ -37,7 +37,7 @@ from grit_jax.convert.hf_folder import HfFolder
 from grit_jax.convert.streamed import SOURCE
 from grit_jax.data.tokenizer import Tokenizer, make_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.files import check_checksums, check_keys
+from grit_jax.files import check_checksums, check_keys, check_place
 from grit_jax.models.decoder import Decoder
 from grit_jax.models.lora import (
   adapter_path,
@@ -188,8 +188,14 @@ class AdaptedModel(InitialModel):
     adapters: The checkpoint that has them.
   """
 
-  def __init__(self, checkpoint: Checkpoint):
+  def __init__(
+    self, checkpoint: Checkpoint, above: tuple[epath.Path, ...] = ()
+  ):
     """Opens a checkpoint of adapters and, where that says, its base.
+
+    Args:
+      checkpoint: Of adapters.
+      above: See `open_initial`.
 
     Raises:
       UserError: One of them is missing or damaged, or the
@@ -199,7 +205,10 @@ class AdaptedModel(InitialModel):
     self.config = configuration.from_dict(checkpoint.read_config())
     self.model, self.adapters = self.config.model, checkpoint
     self.tokenizer = make_tokenizer(checkpoint.read_tokenizer(), self.where)
-    self.base = open_initial(read_base(checkpoint)['init_from'])
+    if checkpoint.folder in above:
+      raise UserError(f'{self.where}: the adapters are their own base.')
+    base = read_base(checkpoint)['init_from']
+    self.base = open_initial(base, (*above, checkpoint.folder))
     self.dtype, self.has_head = self.base.dtype, self.base.has_head
     check_base(checkpoint, self.base)
     self._targets = target_axes(self.model, self.config.lora)
@@ -377,22 +386,26 @@ class _FolderModel(InitialModel):
     return _of_weights(self._folder.checksums())
 
 
-def open_initial(path: epath.PathLike) -> InitialModel:
+def open_initial(
+  path: epath.PathLike, above: tuple[epath.Path, ...] = ()
+) -> InitialModel:
   """Opens a model by the path of its folder.
 
   Args:
     path: A Hugging Face folder, a checkpoint, or a run's workdir, which stands
       for its newest checkpoint.
+    above: The checkpoints of adapters that it is the base of.
 
   Raises:
     UserError: There is no such model, or it is damaged;
       the message names what.
   """
+  check_place(path)
   folder = epath.Path(path)
   if (folder / STATE).is_dir() or (folder / 'checkpoints').is_dir():
     checkpoint = find_checkpoint(folder)
     if checkpoint.has_base():
-      return AdaptedModel(checkpoint)
+      return AdaptedModel(checkpoint, above)
     return _CheckpointModel(checkpoint)
   if (folder / 'config.json').exists():
     return _FolderModel(HfFolder(folder))

@@ -16,10 +16,10 @@ _UNITS = {'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 def parse_size(text: str) -> int:
   """Returns the bytes that a size such as `5GB` is."""
   match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)', text.upper())
-  size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-  if not size:
+  size = float(match[1]) * _UNITS[match[2]] if match else 0
+  if not 1 <= size < 2**63:
     raise argparse.ArgumentTypeError(f'{text!r} is not a size such as 5GB')
-  return size
+  return int(size)
 
 
 def make_parser() -> argparse.ArgumentParser:

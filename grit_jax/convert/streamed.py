@@ -16,7 +16,7 @@ from etils import epath
 from grit_jax import checkpoint
 from grit_jax.checksums import start_of, sum_part
 from grit_jax.errors import UserError
-from grit_jax.files import LockedError, hash_json, is_local, lock
+from grit_jax.files import LockedError, check_place, hash_json, is_local, lock
 
 # Of the item `fingerprints`: what a checkpoint was converted from.
 SOURCE = 'source'
@@ -116,6 +116,7 @@ def write_checkpoint(
     UserError: The target exists, or cannot be written. What was written
       is removed.
   """
+  check_place(target)
   target = checkpoint.absolute(target)
   if target.exists():
     raise UserError(f'{target} exists: remove it, or name another.')

@@ -47,7 +47,13 @@ from grit_jax.data.tokenizer import (
   make_tokenizer,
 )
 from grit_jax.errors import UserError
-from grit_jax.files import new_folder, write_checksums, write_file, writing
+from grit_jax.files import (
+  check_place,
+  new_folder,
+  write_checksums,
+  write_file,
+  writing,
+)
 from grit_jax.initial import AdaptedModel, check_size
 
 DTYPES = {
@@ -88,6 +94,7 @@ def to_hf(
     TokenizerError: Its tokenizer cannot be written.
   """
   folder = check_target(target)
+  check_place(source)
   checkpoint = find_checkpoint(source)
   values = checkpoint.read_config()
   config = configuration.from_dict(values)
@@ -132,6 +139,7 @@ def check_target(target: epath.PathLike) -> pathlib.Path:
     raise UserError(
       f'{target} is not a local folder. Write to a disk, and copy from there.'
     )
+  check_place(target)
   folder = pathlib.Path(os.path.abspath(target))
   if os.path.lexists(folder):
     raise UserError(f'{folder} exists: remove it, or name another.')

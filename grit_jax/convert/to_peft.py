@@ -21,7 +21,7 @@ from grit_jax.convert.safetensors_writer import (
 )
 from grit_jax.convert.to_hf import check_target, to_bytes
 from grit_jax.errors import UserError
-from grit_jax.files import new_folder, write_file, writing
+from grit_jax.files import check_place, new_folder, write_file, writing
 from grit_jax.initial import AdaptedModel
 from grit_jax.models.lora import target_axes
 
@@ -50,6 +50,7 @@ def to_peft(
       not the one that it was.
   """
   folder = check_target(target)
+  check_place(source)
   checkpoint = find_checkpoint(source)
   if not checkpoint.has_base():
     raise UserError(

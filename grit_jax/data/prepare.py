@@ -29,7 +29,7 @@ from grit_jax.data.sources import Source, sources
 from grit_jax.data.tokenization import tokenize
 from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.files import is_local, lock, writing
+from grit_jax.files import check_place, is_local, lock, writing
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -121,6 +121,7 @@ def prepare(config: Config, target: str) -> None:
   Raises:
     UserError: the data, the tokenizer or the target cannot be used.
   """
+  check_place(target)
   if not is_local(target):
     raise UserError(f'{target}: not a folder of a local or mounted disk')
   directory = pathlib.Path(target)

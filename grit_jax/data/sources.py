@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from grit_jax.data import lines, records
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
 from grit_jax.errors import UserError
-from grit_jax.files import check_file, load_json, lock
+from grit_jax.files import check_file, check_place, load_json, lock
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
 
 _TFDS_PREFIX = 'tfds:'
+_TFDS_NAME = re.compile(r'\w+(/[\w.+-]+)?(:[\d.*]+)?')
 _TFDS_SPLITS = {TRAIN: 'train', HELD_OUT: 'test'}
 # Large enough to read fast, small enough to hold.
 _TFDS_BLOCK = 256
@@ -122,6 +124,7 @@ class FileSource(Source):
     Raises:
       RecordError: The name ends otherwise.
     """
+    check_place(path)
     self._path = epath.Path(path)
     suffix = lines.suffix_of(self._path.name)
     if suffix is None:
@@ -357,6 +360,7 @@ def sources(
     if entry.startswith(_TFDS_PREFIX):
       found += _find_tfds(entry.removeprefix(_TFDS_PREFIX), tfds_dir)
     else:
+      check_place(entry)
       found += _find_files(epath.Path(entry))
   by_name: dict[str, Source | PreparedSource] = {}
   for source in found:
@@ -391,6 +395,10 @@ def _find_files(path: epath.Path) -> Sequence[Source | PreparedSource]:
 def _find_tfds(name: str, tfds_dir: epath.PathLike | None) -> list[Source]:
   import tensorflow_datasets as tfds
 
+  if not _TFDS_NAME.fullmatch(name):
+    raise RecordError(
+      f'{_TFDS_PREFIX}{name}: expected {_TFDS_PREFIX}NAME[/CONFIG][:VERSION]'
+    )
   name, _, config = name.partition('/')
   if name == 'standard_library':
     # The import registers the data set with TFDS.

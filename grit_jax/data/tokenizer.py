@@ -26,7 +26,7 @@ import tokenizers
 from etils import epath
 
 from grit_jax.errors import UserError
-from grit_jax.files import check_file
+from grit_jax.files import check_file, check_place
 
 # The literals of a sentencepiece model; a `tokenizer.json` has its own.
 BOS = '<s>'
@@ -472,6 +472,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     FileNotFoundError: There is no such file or folder.
     TokenizerError: There is no usable tokenizer.
   """
+  check_place(path)
   path = epath.Path(path)
   if path.is_dir():
     return _load_folder(path)

@@ -226,6 +226,7 @@ def writing_index(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   if '://' in os.fspath(folder) or os.path.isfile(folder):
     raise UserError(f'{folder}: not a folder of a local or mounted disk')
+  files.check_place(folder)
   path = pathlib.Path(folder)
   with files.writing(path):
     path.mkdir(parents=True, exist_ok=True)

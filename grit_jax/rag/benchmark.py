@@ -31,11 +31,13 @@ from tqdm import tqdm
 
 from grit_jax.config import Config, ModelConfig
 from grit_jax.convert import keys
+from grit_jax.convert.hf_config import CONFIG_FILE
 from grit_jax.convert.streamed import StreamedArray, write_checkpoint
 from grit_jax.convert.to_hf import to_hf
 from grit_jax.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from grit_jax.data.tokenizer_training import train_tokenizer
-from grit_jax.files import write_json
+from grit_jax.errors import UserError
+from grit_jax.files import check_writable, write_json
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import Index
 from grit_jax.inference.sampling import Sampling
@@ -226,6 +228,11 @@ def run_benchmark(flags: argparse.Namespace) -> None:
   Args:
     flags: Of `python -m grit_jax.rag benchmark`.
   """
+  check_writable(flags.output)
+  if flags.model and not (pathlib.Path(flags.model) / CONFIG_FILE).is_file():
+    raise UserError(
+      f'{flags.model}: not a Hugging Face folder, with {CONFIG_FILE}.'
+    )
   with tempfile.TemporaryDirectory(prefix='rag') as name:
     place = pathlib.Path(name)
     folder = flags.model or write_model(place, MODEL, _train_tokenizer())

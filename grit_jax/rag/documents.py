@@ -30,7 +30,7 @@ from grit_jax.data import lines, records
 from grit_jax.data.records import RecordError
 from grit_jax.data.sources import TRAIN, FileSource
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.files import check_file, new_file, writing
+from grit_jax.files import check_file, check_place, new_file, writing
 from grit_jax.inference.corpus import parse_document
 from grit_jax.inference.gritlm import join_title
 from grit_jax.inference.shards import Document
@@ -68,14 +68,15 @@ def find_files(sources: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
 
   Raises:
     FileNotFoundError: A source is missing.
-    UserError: A source is a pipe, device or socket.
-    RecordError: A file is of no kind that is read, has a name that is not
-      UTF-8, or there is none at all.
+    UserError: A source is a pipe, device or socket, is not on a disk, or has a
+      name that is not UTF-8.
+    RecordError: A file is of no kind that is read, or there is none at all.
   """
   found: list[pathlib.Path] = []
   left_out: collections.Counter[str] = collections.Counter()
-  for source in map(pathlib.Path, sources):
-    _check_name(source)
+  for given in sources:
+    check_place(given)
+    source = pathlib.Path(given)
     if source.is_dir():
       found += _search(source, left_out)
     elif not source.exists():
@@ -121,7 +122,7 @@ def _search(
     elif not _is_read(path):
       left_out['of other kinds'] += 1
     else:
-      _check_name(path)
+      check_place(path)
       yield path
 
 
@@ -131,20 +132,6 @@ def _is_below(path: pathlib.Path, root: str) -> bool:
 
 def _refuse(error: OSError) -> NoReturn:
   raise error
-
-
-def _check_name(path: pathlib.Path) -> None:
-  """Checks that a path can be the id of a document.
-
-  Raises:
-    RecordError: It is not UTF-8.
-  """
-  try:
-    str(path).encode()
-  except UnicodeEncodeError as error:
-    raise RecordError(
-      f'{str(path)!a}: the name is not UTF-8; rename it'
-    ) from error
 
 
 def _is_read(path: pathlib.Path) -> bool:

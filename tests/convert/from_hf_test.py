@@ -209,7 +209,9 @@ def test_sizes_are_read(text: str, size: int):
   assert command.parse_size(text) == size
 
 
-@pytest.mark.parametrize('text', ['5', 'GB', '-1GB', '5GiB', '0MB'])
+@pytest.mark.parametrize(
+  'text', ['5', 'GB', '-1GB', '5GiB', '0MB', '9' * 400 + 'GB']
+)
 def test_what_is_no_size_is_refused(text: str):
   with pytest.raises(command.argparse.ArgumentTypeError, match='is not a size'):
     command.parse_size(text)

@@ -74,7 +74,7 @@ def runs(tmp_path_factory, write_hf: Callable) -> Callable[..., tuple]:
 
 
 def write_adapters(
-  base: pathlib.Path, workdir: pathlib.Path, targets: str
+  base: pathlib.Path, workdir: pathlib.Path, targets: str, **named: str
 ) -> None:
   """Writes a run's checkpoint, with random numbers for what it trained."""
   initial = open_initial(base)
@@ -105,7 +105,7 @@ def write_adapters(
         dataclasses.asdict(config),
         initial.tokenizer.files,
         {},
-        describe_base(initial),
+        describe_base(initial) | named,
       )
 
 
@@ -224,3 +224,14 @@ def test_a_run_without_adapters_is_refused(write_run, tmp_path):
   with pytest.raises(UserError, match=r'has no adapters: .* to_hf'):
     to_peft(tmp_path / 'run', tmp_path / 'peft')
   assert not (tmp_path / 'peft').exists()
+
+
+def test_adapters_that_are_their_own_base_are_refused(runs, tmp_path):
+  base, _ = runs('llama')
+  # One names the other, which names the first.
+  for name, other in ('one', 'two'), ('two', 'one'):
+    write_adapters(
+      base, tmp_path / name, 'all', init_from=str(tmp_path / other)
+    )
+  with pytest.raises(UserError, match='one.*: the adapters are their own base'):
+    open_initial(tmp_path / 'one')

@@ -369,3 +369,19 @@ def test_a_tfds_folder_that_names_code_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"features.json names the class 'this\."):
     sources.sources('tfds:handed_on/chat', tmp_path)
   assert 'this' not in sys.modules
+
+
+@pytest.mark.parametrize('name', ['', '../x', 'a/b/c', 'a:b'])
+def test_a_name_that_tfds_cannot_have_is_refused(tmp_path, name):
+  with pytest.raises(RecordError, match='expected tfds:NAME'):
+    sources.sources(f'tfds:{name}', tmp_path)
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+  (tmp_path / os.fsdecode(b'caf\xe9.jsonl')).write_text(
+    '{"text": ["a", "b"]}\n'
+  )
+  with pytest.raises(
+    UserError, match=r'caf\\udce9.jsonl.: the name is not UTF'
+  ):
+    sources.sources(str(tmp_path))

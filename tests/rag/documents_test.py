@@ -5,7 +5,6 @@ import socket
 
 import pytest
 
-from grit_jax.data.records import RecordError
 from grit_jax.data.sources import FileSource
 from grit_jax.data.tokenizer import make_tokenizer
 from grit_jax.errors import UserError
@@ -120,7 +119,7 @@ def test_folders_and_json_lines_are_read_and_the_rest_left(tmp_path, tokenizer):
 def test_faults_are_named(tmp_path, tokenizer, name, content, message):
   name = os.fsdecode(name)
   (tmp_path / name).write_bytes(content)
-  with pytest.raises(RecordError, match=message):
+  with pytest.raises(UserError, match=message):
     write([tmp_path / name], tmp_path / 'out' / 'o.jsonl', tokenizer)
 
 
