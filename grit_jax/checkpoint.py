@@ -12,7 +12,7 @@ converted. It holds:
 - `config`: the run's configuration, JSON;
 - `tokenizer`: the files of the tokenizer;
 - `fingerprints`: checksums of the above, and what tells the tokenizer and the
-  data of the run from others, JSON.
+  data of the run from others; of a converted one, its source's files, JSON.
 
 Orbax writes it in the background into a temporary folder and renames that when
 all of it is there, so a folder with a step's name is a whole checkpoint.

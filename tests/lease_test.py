@@ -1,5 +1,6 @@
 """One run a workdir, on a disk and on an object store."""
 
+import itertools
 import json
 import os
 import signal
@@ -50,6 +51,7 @@ def store(server, monkeypatch):
   monkeypatch.setattr(lease, 'STALE_SECONDS', STALE)
   server.objects.clear()
   server.is_reachable = True
+  server.before_write = lambda: None
   return server
 
 
@@ -109,6 +111,21 @@ def test_who_ends_gives_the_lease_back(store):
     holder = json.loads(store.objects[NAME][1])
     assert holder['pid'] == os.getpid() and holder['renewed'] > 0
   assert not store.objects
+
+
+def test_of_two_that_find_it_free_one_gets_it(store):
+  other = json.dumps({'pid': 7, 'host': 'h', 'since': 'now', 'id': 'x'})
+  generations = itertools.count(10**6)
+
+  def come_first() -> None:
+    # Between our look and our write; and it lives, and renews.
+    store.objects[NAME] = next(generations), other.encode()
+
+  store.before_write = come_first
+  with pytest.raises(UserError, match='process 7 on h writes it'):
+    with lease.hold(epath.Path(WORKDIR)):
+      raise AssertionError('it is held by another')
+  assert json.loads(store.objects[NAME][1])['pid'] == 7
 
 
 def test_who_waits_gets_it_when_the_holder_ends(store, start):

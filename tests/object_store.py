@@ -10,7 +10,7 @@ import http.server
 import json
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class ObjectStore:
@@ -20,6 +20,8 @@ class ObjectStore:
     """Begins empty, and reachable."""
     self.objects: dict[str, tuple[int, bytes]] = {}
     self.is_reachable = True
+    # Called before an object is written.
+    self.before_write: Callable[[], None] = lambda: None
     self.lock = threading.Lock()
     self._generation = 0
 
@@ -59,6 +61,7 @@ def serve() -> Iterator[tuple[ObjectStore, str]]:
           self.answer(404 if self.command == 'GET' else 400, b'')
           return
         if self.command == 'POST':
+          store.before_write()
           generation = store.change(query['name'], body, condition)
           metadata = {'name': query['name'], 'generation': str(generation)}
           content = json.dumps({'size': str(len(body)), **metadata}).encode()

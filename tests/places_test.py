@@ -90,3 +90,16 @@ def test_a_place_that_cannot_be_is_one_message(
   assert shown in message or ascii(shown)[1:-1] in message, message
   assert sorted(given.iterdir()) == before
   assert not pathlib.Path(tmp_path / 'new' / 'index.json').exists()
+
+
+@pytest.mark.parametrize('command', ['lm', 'mteb'])
+@pytest.mark.parametrize('place', ['http', 'below a file'])
+def test_where_figures_go_is_known_before_there_is_a_model(
+  given, monkeypatch, command, place
+):
+  from grit_jax.evaluate import __main__ as evaluate
+
+  monkeypatch.chdir(given)
+  flags = ['--tasks=a', '--model=nowhere', f'--output={PLACES[place]}']
+  with pytest.raises(UserError, match=f'^{PLACES[place]}'):
+    evaluate.evaluate(evaluate.make_parser().parse_args([command, *flags]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from grit_jax import cli
 from grit_jax.config import Size
 from grit_jax.errors import UserError
+from grit_jax.files import is_local, writing
 from grit_jax.inference import arguments
 
 
@@ -172,6 +173,12 @@ def evaluate(flags: argparse.Namespace) -> None:
   Raises:
     UserError: what the flags name cannot be, or the network is missing.
   """
+  # Before a model is loaded.
+  if not is_local(flags.output):
+    raise UserError(f'{flags.output} is not a local folder.')
+  output = pathlib.Path(flags.output)
+  with writing(output):
+    output.mkdir(parents=True, exist_ok=True)
   try:
     (evaluate_mteb if flags.command == 'mteb' else evaluate_lm)(flags)
   except ConnectionError as error:
