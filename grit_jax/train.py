@@ -131,6 +131,7 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   """
   stop = StopOnSignal()
   mesh = sharding.make_mesh(config.mesh)
+  check_profiler(config.profile, mesh.devices.flat[0].platform)
   workdir.mkdir(parents=True, exist_ok=True)
   with lease.hold(workdir) as check_lease:
     return _prepare(config, workdir, mesh, stop, check_lease)
@@ -153,7 +154,6 @@ def _prepare(
   # Before they wait for each other in the middle of something.
   processes.check_equal('the configuration', repr(config))
   platform = mesh.devices.flat[0].platform
-  check_profiler(config.profile, platform)
   kernel = choose_kernel(config.attention_kernel, platform)
   logging.info(
     'Attention runs in the kernel %s on %s (attention_kernel=%s).',

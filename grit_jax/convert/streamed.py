@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,17 @@ class StreamedArray:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-  """Writes a StreamedArray as Orbax writes a numpy array."""
+  """Writes a StreamedArray as Orbax writes a numpy array.
+
+  Attributes:
+    turn: Held while a part is written.
+    is_stopped: Whether no part may be written any more.
+  """
+
+  def __init__(self) -> None:
+    """Prepares to write."""
+    super().__init__()
+    self.turn, self.is_stopped = threading.Lock(), False
 
   async def serialize(
     self,
@@ -53,37 +64,52 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
     del args
     for value, info in zip(values, infos, strict=True):
       await info.await_path_creation()
-      await _write(value, epath.Path(info.parent_dir / info.name), info)
+      await self._write(value, epath.Path(info.parent_dir / info.name), info)
     return []
 
+  async def _write(
+    self,
+    value: StreamedArray,
+    folder: epath.Path,
+    info: ocp.type_handlers.ParamInfo,
+  ) -> None:
+    store = None
+    for index, part in value.parts():
+      with self.turn:
+        if self.is_stopped:
+          return
+        if store is None:
+          store = _create(value, folder, len(index), info)
+        # Not awaited: after a Ctrl-C the event loop ends at once, and a write
+        # that still goes on would complain. It may end between two parts.
+        store[index].write(part).result()
+      value.checksum += sum_part(part, start_of(index, value.shape))
+      await asyncio.sleep(0)
 
-async def _write(
-  value: StreamedArray, folder: epath.Path, info: ocp.type_handlers.ParamInfo
-) -> None:
-  store = None
-  for index, part in value.parts():
-    if store is None:
-      store = tensorstore.open(
-        {
-          'driver': 'zarr',
-          'kvstore': checkpoint.kvstore(folder),
-          'metadata': {
-            'shape': list(value.shape),
-            'chunks': _chunk_shape(value, len(index)),
-            'compressor': {'id': 'zstd', 'level': 1},
-          },
-          'dtype': value.dtype.name,
-          # A weight of zeros is there, like any other.
-          'store_data_equal_to_fill_value': True,
-        },
-        create=True,
-        context=info.ts_context,
-      ).result()
-    # Not awaited: after a Ctrl-C the event loop ends at once, and a write that
-    # still goes on would complain of that. It may end between two parts.
-    store[index].write(part).result()
-    value.checksum += sum_part(part, start_of(index, value.shape))
-    await asyncio.sleep(0)
+
+def _create(
+  value: StreamedArray,
+  folder: epath.Path,
+  leading: int,
+  info: ocp.type_handlers.ParamInfo,
+) -> tensorstore.TensorStore:
+  """Creates the file of an array, whose parts have `leading` axes less."""
+  return tensorstore.open(
+    {
+      'driver': 'zarr',
+      'kvstore': checkpoint.kvstore(folder),
+      'metadata': {
+        'shape': list(value.shape),
+        'chunks': _chunk_shape(value, leading),
+        'compressor': {'id': 'zstd', 'level': 1},
+      },
+      'dtype': value.dtype.name,
+      # A weight of zeros is there, like any other.
+      'store_data_equal_to_fill_value': True,
+    },
+    create=True,
+    context=info.ts_context,
+  ).result()
 
 
 def _chunk_shape(value: StreamedArray, leading: int) -> list[int]:
@@ -127,8 +153,9 @@ def write_checkpoint(
     for group in groups:
       inner = inner.setdefault(group, {})
     inner[name] = array
+  writer = _StreamedHandler()
   registry = ocp.type_handlers.create_type_handler_registry(
-    (StreamedArray, _StreamedHandler())
+    (StreamedArray, writer)
   )
   handler = ocp.CompositeCheckpointHandler(
     **{
@@ -162,6 +189,9 @@ def write_checkpoint(
   except LockedError:
     raise
   except BaseException as error:
+    # Orbax may write in a thread that an interrupt does not reach.
+    with writer.turn:
+      writer.is_stopped = True
     for path in target.parent.glob(f'{target.name}.orbax-checkpoint-tmp*'):
       path.rmtree()
     if _is_of_the_disk(error):

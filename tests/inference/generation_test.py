@@ -12,8 +12,9 @@ import pytest
 from grit_jax import GritLM
 from grit_jax.batch import Rows
 from grit_jax.config import Config, MeshConfig, ModelConfig
-from grit_jax.convert.hf_folder import CHECKSUMS_FILE, RUN_FILE
+from grit_jax.convert.hf_folder import RUN_FILE
 from grit_jax.convert.to_hf import to_hf
+from grit_jax.files import CHECKSUMS
 from grit_jax.inference import generation
 from grit_jax.inference.cache import KVCache
 from grit_jax.inference.sampling import Sampling
@@ -100,7 +101,7 @@ def test_greedy_tokens_are_those_of_transformers(
   write_run(tmp_path / 'run', Config(model=MODEL))
   to_hf(tmp_path / 'run', tmp_path / 'hf')
   # A folder that others have written says less of the model.
-  for name in RUN_FILE, CHECKSUMS_FILE:
+  for name in RUN_FILE, CHECKSUMS:
     (tmp_path / 'hf' / name).unlink()
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'hf', dtype=torch.float32
