@@ -1,5 +1,6 @@
 """Tests of what ends a connection."""
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -74,46 +75,54 @@ def wait_until_closed(
   return found, time.monotonic() - start
 
 
-@pytest.mark.parametrize(
-  'sent, repeated, statuses',
-  [
-    ('', b'', [408]),
-    ('POST /v1/emb', b'e', [408]),
-    (HEAD.format(KEY), b'a', [408]),
-    (HEAD.format(KEY), b'a: b\r\n', [408]),
-    (f'{HEAD}Content-Length: 99\r\n\r\n'.format(KEY), b'', [408]),
-    (CHUNKED.format(KEY), b'', [408]),
-    (CHUNKED.format(KEY), b'1\r\na\r\n', [408]),
-    # After an answer.
-    ('GET /health HTTP/1.1\r\nHost: a\r\n\r\n', b'G', [200, 408]),
-    (f'{HEAD}Content-Length: 99\r\n\r\n'.format('no'), b'', [401]),
-    (CHUNKED.format('no'), b'1\r\na\r\n', [401]),
-    (f'{HEAD}Expect: 100-continue\r\n\r\n'.format('no'), b'a', [401, 408]),
-    ('CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n', b'a', [404, 408]),
-    (
-      f'{HEAD}Upgrade: b\r\nConnection: upgrade\r\n\r\n'.format('no'),
-      b'a', [401, 408],
-    ),
-    # Not HTTP.
-    ('\x00\x01\x02' * 99, b'\x03', [400]),
-    ('', b'\r\n', [400]),
-    (CHUNKED.format(KEY) + 'no chunk\r\n', b'', [400]),
-  ],
-)  # fmt: skip
-def test_a_client_that_sends_no_whole_request_is_not_waited_for(
-  running: Running,
-  short_deadlines: None,
-  caplog: pytest.LogCaptureFixture,
-  sent: str,
-  repeated: bytes,
-  statuses: list[int],
+# What a client sends once, then again and again, and what comes of it.
+UNFINISHED = [
+  ('', b'', [408]),
+  ('POST /v1/emb', b'e', [408]),
+  (HEAD.format(KEY), b'a', [408]),
+  (HEAD.format(KEY), b'a: b\r\n', [408]),
+  (f'{HEAD}Content-Length: 99\r\n\r\n'.format(KEY), b'', [408]),
+  (CHUNKED.format(KEY), b'', [408]),
+  (CHUNKED.format(KEY), b'1\r\na\r\n', [408]),
+  # After an answer.
+  ('GET /health HTTP/1.1\r\nHost: a\r\n\r\n', b'G', [200, 408]),
+  (f'{HEAD}Content-Length: 99\r\n\r\n'.format('no'), b'', [401]),
+  (CHUNKED.format('no'), b'1\r\na\r\n', [401]),
+  (f'{HEAD}Expect: 100-continue\r\n\r\n'.format('no'), b'a', [401, 408]),
+  ('CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n', b'a', [404, 408]),
+  (
+    f'{HEAD}Upgrade: b\r\nConnection: upgrade\r\n\r\n'.format('no'),
+    b'a', [401, 408],
+  ),
+  # Not HTTP.
+  ('\x00\x01\x02' * 99, b'\x03', [400]),
+  ('', b'\r\n', [400]),
+  (CHUNKED.format(KEY) + 'no chunk\r\n', b'', [400]),
+]  # fmt: skip
+
+
+def test_clients_that_send_no_whole_request_are_not_waited_for(
+  running: Running, short_deadlines: None, caplog: pytest.LogCaptureFixture
 ):
-  with connect(running) as client, caplog.at_level(logging.INFO):
-    client.sendall(sent.encode())
-    found, seconds = wait_until_closed(client, repeated)
+  def send(sent: str, repeated: bytes) -> tuple[list[int], float]:
+    with connect(running) as client:
+      client.sendall(sent.encode())
+      found, seconds = wait_until_closed(client, repeated)
+    return [int(x) for x in re.findall(rb'HTTP/1.1 (\d+)', found)], seconds
+
+  # Side by side: most of them only wait.
+  with (
+    caplog.at_level(logging.INFO),
+    concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS - 1) as pool,
+  ):
+    sent, repeated, expected = zip(*UNFINISHED, strict=True)
+    found = list(pool.map(send, sent, repeated))
     wait_until(lambda: not running.server.server_state.connections)
-  assert [int(x) for x in re.findall(rb'HTTP/1.1 (\d+)', found)] == statuses
-  assert seconds < 4 and len(caplog.records) <= 1
+  for (statuses, seconds), wanted, text in zip(
+    found, expected, sent, strict=True
+  ):
+    assert statuses == wanted and seconds < 4, text
+  assert len(caplog.records) <= len(UNFINISHED)
   assert running.ask('/health', method='GET')[0] == 200
 
 
