@@ -15,6 +15,7 @@ the config's `mesh.fsdp`, halved where its half is even: see `gather`.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,16 @@ def _sizes(config: MeshConfig, devices: int, slices: int) -> list[int]:
 def platform() -> str:
   """Returns what the devices of the mesh in force are: tpu, gpu or cpu."""
   return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
+def device_memory(mesh: Mesh) -> float:
+  """Returns the bytes that a device of this process has; a CPU, its share."""
+  device = mesh.local_devices[0]
+  limit = (device.memory_stats() or {}).get('bytes_limit')
+  if limit is not None:
+    return limit
+  machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  return machine / len(mesh.local_devices)
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:

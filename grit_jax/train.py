@@ -7,7 +7,6 @@ again with the same command, a run goes on where it stopped.
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -298,17 +297,14 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
   # Each index of `data` has a copy.
   shards = mesh.size // mesh.shape['data']
   needed = count_parameters(config.model) * weight_bytes / shards
-  device = mesh.local_devices[0]
-  memory = (device.memory_stats() or {}).get('bytes_limit')
-  if memory is None:  # A CPU, which shares the machine's.
-    machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    memory = machine / len(mesh.local_devices)
+  memory = sharding.device_memory(mesh)
   if needed > memory:
+    kind = mesh.local_devices[0].device_kind
     raise UserError(
       f'{count_parameters(config.model):,} weights and their optimizer state '
       f'take {needed / 2**30:,.1f} GiB a device, of {memory / 2**30:,.1f} GiB '
-      f'({device.device_kind}). Take a smaller model, or more devices in '
-      'mesh.fsdp, mesh.expert or mesh.tensor.'
+      f'({kind}). Take a smaller model, or more devices in mesh.fsdp, '
+      'mesh.expert or mesh.tensor.'
     )
 
 

@@ -20,6 +20,7 @@ from grit_jax.inference.encoding import cache_bytes
 from grit_jax.inference.generation import Generation, count_places
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.sampling import Sampling
+from grit_jax.sharding import device_memory
 
 try:
   import uvicorn
@@ -144,14 +145,6 @@ def bind(host: str, port: int) -> socket.socket:
   return taken
 
 
-def _count_memory(mesh: jax.sharding.Mesh) -> int:
-  """Returns the bytes of the devices' memory, or of the machine's."""
-  stats = [device.memory_stats() for device in mesh.devices.flat]
-  if all(stats):
-    return sum(found['bytes_limit'] for found in stats)
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-
-
 def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   """Loads the model, and compiles what most requests take.
 
@@ -164,7 +157,8 @@ def load(flags: argparse.Namespace, limits: Limits) -> GritLM:
   most = min(limits.max_input_tokens, architecture.max_positions)
   places = count_places(architecture, most, limits.max_new_tokens)
   tokens = GENERATIONS * limits.max_batch * places
-  size, room = tokens * cache_bytes(model.config), _count_memory(model.mesh)
+  size = tokens * cache_bytes(model.config)
+  room = device_memory(model.mesh) * model.mesh.size
   caches = (
     f'Caches of {GENERATIONS} batches of {limits.max_batch} chats take '
     f'{size / 1e9:.2f} GB at most'
