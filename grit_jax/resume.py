@@ -15,6 +15,7 @@ from grit_jax.config import Config
 from grit_jax.data.preparation import Datasets
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.errors import ConfigError
+from grit_jax.initial import open_initial
 
 # Keys that may change between the starts of one run: they leave its batches,
 # its weights and its schedule what they were. Groups stand for all they have.
@@ -22,20 +23,24 @@ _CHANGEABLE = (
   'mesh', 'memory', 'attention_kernel', 'checkpoint', 'evaluation', 'profile',
   'log_every', 'data.allow_changed',
   # Of these the content is compared.
-  'data.paths', 'data.cache_dir', 'data.tokenizer',
+  'data.paths', 'data.cache_dir', 'data.tokenizer', 'init_from',
 )  # fmt: skip
 # But for this one, which decides what is trained on.
 _FIXED = 'evaluation.held_out_fraction'
 
 
-def describe_run(tokenizer: Tokenizer, datasets: Datasets) -> dict[str, Any]:
+def describe_run(
+  initial: str, tokenizer: Tokenizer, datasets: Datasets
+) -> dict[str, Any]:
   """Returns what a checkpoint keeps of a run, to be compared at its next start.
 
   Args:
+    initial: The fingerprint of the model that it began with; empty: none.
     tokenizer: The run's.
     datasets: Those that it trains on.
   """
   return {
+    'init_from': initial,
     'tokenizer': tokenizer.fingerprint,
     'data': [
       [dataset.name, dataset.fingerprint]
@@ -51,18 +56,36 @@ def check_same_config(config: Config, kept: Checkpoint) -> None:
     ConfigError: it has another; the message names each key.
   """
   now = json.loads(json.dumps(dataclasses.asdict(config)))
-  # A base may have moved: its fingerprint is what counts.
-  changeable = (*_CHANGEABLE, 'init_from') if config.lora.rank else _CHANGEABLE
   changed = [
     f'{key}: {before!r}, now {after!r}'
     for key, before, after in _differences(kept.read_config(), now)
-    if not {key, key.split('.')[0]} & {*changeable} or key == _FIXED
+    if not {key, key.split('.')[0]} & {*_CHANGEABLE} or key == _FIXED
   ]
   if changed:
     raise ConfigError(
       f'{kept.folder} is of a run with another configuration ('
       + '; '.join(changed)
       + '). Take another workdir.'
+    )
+
+
+def check_same_initial(config: Config, kept: Checkpoint) -> None:
+  """Checks that a checkpoint's run began with this model, wherever it is now.
+
+  A run needs it no more, so it may be gone. Adapters need theirs: `check_base`
+  compares it.
+
+  Raises:
+    ConfigError: it began with another.
+  """
+  before, now = kept.read_config()['init_from'], config.init_from
+  if before == now or config.lora.rank:
+    return
+  fingerprint = open_initial(now).fingerprint() if now else ''
+  if fingerprint != kept.fingerprints['run']['init_from']:
+    raise ConfigError(
+      f'init_from={now!r}: {kept.folder} is of a run that began with another '
+      f'model (init_from={before!r}). Take another workdir.'
     )
 
 

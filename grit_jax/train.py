@@ -168,6 +168,7 @@ def _prepare(
   config = fit_vocabulary(config, tokenizer)
   if kept is not None:
     resume.check_same_config(config, kept)
+    resume.check_same_initial(config, kept)
     resume.check_same_tokenizer(tokenizer, kept)
   train_sets = prepare_data(config, workdir, found, tokenizer, TRAIN)
   held_out: Datasets = {records.EMBEDDING: [], records.GENERATIVE: []}
@@ -179,7 +180,11 @@ def _prepare(
     train_sets[records.GENERATIVE],
     RowShards(sharding.row_shards(mesh), sharding.own_row_shards(mesh)),
   )
-  run = resume.describe_run(tokenizer, train_sets)
+  if kept is not None:
+    began_with = kept.fingerprints['run']['init_from']
+  else:
+    began_with = initial.fingerprint() if initial else ''
+  run = resume.describe_run(began_with, tokenizer, train_sets)
   processes.check_equal('the prepared data', repr(run))
   processes.check_equal('the plan', repr(pipeline.buckets))
   if kept is not None:

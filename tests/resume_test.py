@@ -15,6 +15,7 @@ from grit_jax.config import Config
 from grit_jax.data.tokenizer_training import train_tokenizer
 from grit_jax.errors import ConfigError, UserError
 from grit_jax.files import LockedError
+from grit_jax.models import presets
 
 
 @pytest.fixture
@@ -94,6 +95,25 @@ def test_another_tokenizer_is_refused_whatever_may_change(
   for changed in config, edit(config, allow_changed=True):
     with pytest.raises(ConfigError, match='run with another tokenizer'):
       run_here(changed, workdir)
+
+
+def test_the_model_that_a_run_began_with_may_move_and_not_be_another(
+  trained, config, tmp_path
+):
+  base, workdir = tmp_path / 'base', tmp_path / 'begun'
+  shutil.copytree(trained.workdir / 'checkpoints' / str(STEPS), base)
+  model = dataclasses.replace(presets.of_init_from(), dtype='float32')
+  config = dataclasses.replace(
+    config, model=model, init_from=str(base), steps=2
+  )
+  run_here(config, workdir)
+  expected = read_metrics(workdir)
+  base = base.rename(tmp_path / 'moved')
+  run_here(dataclasses.replace(config, init_from=str(base)), workdir)
+  assert read_metrics(workdir) == expected
+  other = trained.workdir / 'checkpoints/2'
+  with pytest.raises(ConfigError, match=f'{other}.*began with another model'):
+    run_here(dataclasses.replace(config, init_from=str(other)), workdir)
 
 
 def test_a_second_run_of_a_workdir_is_refused(config, workdir):
