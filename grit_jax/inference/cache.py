@@ -7,6 +7,7 @@ numbers a token: 131 kB in bfloat16 for GritLM-7B.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from grit_jax.errors import UserError
-from grit_jax.files import check_file
+from grit_jax.files import check_file, new_file
 
 # How a file names its dtype: NumPy's format has no bfloat16.
 _STORED: dict[str, np.dtype] = {
@@ -65,11 +66,11 @@ class KVCache:
       np.concatenate([cache.values for cache in caches], axis=2),
     )
 
-  def save(self, path: epath.PathLike) -> None:
+  def save(self, path: str | os.PathLike) -> None:
     """Writes the cache into one .npy file, which can be memory-mapped."""
     name = self.keys.dtype.name
     whole = np.stack([self.keys, self.values]).view(_STORED[name])
-    with epath.Path(path).open('wb') as file:
+    with new_file(path) as file:
       np.save(file, whole)
 
   @classmethod

@@ -41,12 +41,10 @@ class DiskCaches:
     return KVCache.open(self.path(number))
 
   def write(self, number: int, cache: KVCache) -> None:
-    """Writes the cache of a document, whole before it has its name."""
+    """Writes the cache of a document."""
     path = self.path(number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'{path.name}.partial')
-    cache.save(partial)
-    partial.replace(path)
+    cache.save(path)
 
   def measure(self, documents: int) -> int:
     """Returns the bytes of the files of the first documents."""
