@@ -10,7 +10,7 @@ undisturbed run's. A line is written for each kill:
 
   kill, seconds: its number, and how long the process had lived
   step, resumed: the last step that it had logged, and the one that the next
-    start went on from
+    start went on from; null: from none, or killed before it was there
   lines, difference: lines that the next start wrote, and the largest relative
     difference of any metric in them
 
