@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,17 +41,7 @@ class StreamedArray:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-  """Writes a StreamedArray as Orbax writes a numpy array.
-
-  Attributes:
-    turn: Held while a part is written.
-    is_stopped: Whether no part may be written any more.
-  """
-
-  def __init__(self) -> None:
-    """Prepares to write."""
-    super().__init__()
-    self.turn, self.is_stopped = threading.Lock(), False
+  """Writes a StreamedArray as Orbax writes a numpy array."""
 
   async def serialize(
     self,
@@ -64,27 +53,28 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
     del args
     for value, info in zip(values, infos, strict=True):
       await info.await_path_creation()
-      await self._write(value, epath.Path(info.parent_dir / info.name), info)
+      await _write(value, epath.Path(info.parent_dir / info.name), info)
     return []
 
-  async def _write(
-    self,
-    value: StreamedArray,
-    folder: epath.Path,
-    info: ocp.type_handlers.ParamInfo,
-  ) -> None:
-    store = None
-    for index, part in value.parts():
-      with self.turn:
-        if self.is_stopped:
-          return
-        if store is None:
-          store = _create(value, folder, len(index), info)
-        # Not awaited: after a Ctrl-C the event loop ends at once, and a write
-        # that still goes on would complain. It may end between two parts.
-        store[index].write(part).result()
-      value.checksum += sum_part(part, start_of(index, value.shape))
-      await asyncio.sleep(0)
+
+async def _write(
+  value: StreamedArray, folder: epath.Path, info: ocp.type_handlers.ParamInfo
+) -> None:
+  store = None
+  for index, part in value.parts():
+    if store is None:
+      store = _create(value, folder, len(index), info)
+    writing = store[index].write(part)
+    # Not awaited: after a Ctrl-C the event loop ends at once, and a write that
+    # still goes on would complain. It may end between two parts.
+    try:
+      writing.result()
+    except KeyboardInterrupt:
+      # TensorStore goes on with it, and would make a removed folder anew.
+      writing.result()
+      raise
+    value.checksum += sum_part(part, start_of(index, value.shape))
+    await asyncio.sleep(0)
 
 
 def _create(
@@ -153,9 +143,8 @@ def write_checkpoint(
     for group in groups:
       inner = inner.setdefault(group, {})
     inner[name] = array
-  writer = _StreamedHandler()
   registry = ocp.type_handlers.create_type_handler_registry(
-    (StreamedArray, writer)
+    (StreamedArray, _StreamedHandler())
   )
   handler = ocp.CompositeCheckpointHandler(
     **{
@@ -189,9 +178,6 @@ def write_checkpoint(
   except LockedError:
     raise
   except BaseException as error:
-    # Orbax may write in a thread that an interrupt does not reach.
-    with writer.turn:
-      writer.is_stopped = True
     for path in target.parent.glob(f'{target.name}.orbax-checkpoint-tmp*'):
       path.rmtree()
     if _is_of_the_disk(error):

@@ -152,6 +152,7 @@ WRITE_MUCH = """
     write_checkpoint(sys.argv[1], {'x': array}, {}, {})
   except KeyboardInterrupt:
     print('interrupted', flush=True)
+    sys.stdin.readline()
   else:
     sys.exit('it was not interrupted')
   write_checkpoint(sys.argv[1], {'x': array}, {}, {})
@@ -179,6 +180,8 @@ def test_a_stopped_writer_leaves_no_folder_that_looks_whole(tmp_path, arrays):
     send(signal.SIGINT)
     assert child.stdout.readline() == 'interrupted\n'
     assert not list(tmp_path.glob('model*'))
+    child.stdin.write('\n')
+    child.stdin.flush()
     send(signal.SIGKILL)
   assert child.returncode == -signal.SIGKILL
   assert 'model' not in [path.name for path in tmp_path.iterdir()]
