@@ -41,7 +41,13 @@ from jax.sharding import PartitionSpec as P
 from grit_jax import processes
 from grit_jax.checksums import start_of, sum_arrays, sum_part
 from grit_jax.errors import UserError
-from grit_jax.files import check_file, check_keys, hash_json, read_json
+from grit_jax.files import (
+  CHECKSUMS,
+  check_file,
+  check_keys,
+  hash_json,
+  read_json,
+)
 
 STATE, DATA, CONFIG, TOKENIZER = 'state', 'data', 'config', 'tokenizer'
 BASE = 'base'
@@ -64,8 +70,6 @@ class FilesHandler(ocp.CheckpointHandler):
   written when all other items are, so they can say something of those.
   """
 
-  _CHECKSUMS = 'checksums.json'
-
   def save(self, directory: epath.Path, args: 'FilesSave') -> None:
     """Remembers what to write."""
     del directory
@@ -78,7 +82,7 @@ class FilesHandler(ocp.CheckpointHandler):
       for name, content in self._make_files().items():
         (directory / name).write_bytes(content)
         checksums[name] = hashlib.sha256(content).hexdigest()
-      (directory / self._CHECKSUMS).write_text(json.dumps(checksums))
+      (directory / CHECKSUMS).write_text(json.dumps(checksums))
 
   def restore(
     self, directory: epath.Path, args: 'FilesRestore'
@@ -86,7 +90,7 @@ class FilesHandler(ocp.CheckpointHandler):
     """Reads the files by name."""
     del args
     files = {}
-    path = directory / self._CHECKSUMS
+    path = directory / CHECKSUMS
     checksums = read_json(path)
     check_keys(checksums, str(path), **dict.fromkeys(checksums, str))
     for name, checksum in checksums.items():

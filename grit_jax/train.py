@@ -180,8 +180,11 @@ def _prepare(
     train_sets[records.GENERATIVE],
     RowShards(sharding.row_shards(mesh), sharding.own_row_shards(mesh)),
   )
+  base = describe_base(initial) if initial and config.lora.rank else None
   if kept is not None:
     began_with = kept.fingerprints['run']['init_from']
+  elif base is not None:
+    began_with = base['fingerprint']
   else:
     began_with = initial.fingerprint() if initial else ''
   run = resume.describe_run(began_with, tokenizer, train_sets)
@@ -202,7 +205,7 @@ def _prepare(
       config=dataclasses.asdict(config),
       tokenizer=tokenizer.files,
       run=run,
-      base=describe_base(initial) if initial and config.lora.rank else None,
+      base=base,
     )
     return _run(
       config, workdir, tokenizer, pipeline, batches, held_out, initial,

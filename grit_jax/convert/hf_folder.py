@@ -32,7 +32,13 @@ from grit_jax.convert.safetensors_reader import (
 )
 from grit_jax.data.tokenizer import TokenizerError, load_tokenizer
 from grit_jax.errors import ConfigError, UserError
-from grit_jax.files import check_keys, hash_files, load_json, read_json
+from grit_jax.files import (
+  check_keys,
+  hash_files,
+  is_local,
+  load_json,
+  read_json,
+)
 from grit_jax.models.attention import rotary_frequencies
 
 # Our exports have it: the run's whole configuration, as JSON.
@@ -166,7 +172,7 @@ class HfFolder:
 
 def _local(folder: epath.PathLike) -> pathlib.Path:
   name = str(folder)
-  if '://' in name:
+  if not is_local(name):
     raise UserError(
       f'{name}: safetensors reads local files alone. Copy the folder to a '
       'disk, or mount its bucket as one.'

@@ -49,6 +49,7 @@ from grit_jax.data.tokenizer import (
 from grit_jax.errors import UserError
 from grit_jax.files import (
   check_place,
+  is_local,
   new_folder,
   write_checksums,
   write_file,
@@ -135,7 +136,7 @@ def to_hf(
 
 def check_target(target: epath.PathLike) -> pathlib.Path:
   """Returns the path of a local folder that does not exist, or raises."""
-  if '://' in str(target):
+  if not is_local(target):
     raise UserError(
       f'{target} is not a local folder. Write to a disk, and copy from there.'
     )

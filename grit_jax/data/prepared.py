@@ -19,6 +19,7 @@ from grit_jax.data.tokenizer import Tokenizer, load_tokenizer
 from grit_jax.errors import UserError
 from grit_jax.files import (
   check_keys,
+  is_local,
   read_json,
   write_file,
   write_json,
@@ -76,7 +77,7 @@ def find_prepared(directory: epath.Path) -> list[PreparedSource]:
   path = directory / MANIFEST
   if not path.exists():
     return []
-  if '://' in os.fspath(directory):
+  if not is_local(directory):
     raise RecordError(
       f'{directory}: prepared data is read from a local or mounted disk; copy '
       'it there'

@@ -22,7 +22,7 @@ from grit_jax.data import lines, records
 from grit_jax.data.prepared import PreparedSource, find_prepared
 from grit_jax.data.records import RecordError
 from grit_jax.errors import UserError
-from grit_jax.files import check_file, check_place, load_json, lock
+from grit_jax.files import check_file, check_place, is_local, load_json, lock
 
 TRAIN = 'train'
 HELD_OUT = 'held_out'
@@ -165,7 +165,7 @@ class FileSource(Source):
   def state(self) -> dict[str, Any]:
     """The absolute path, the size, and the time of the last change."""
     path = os.fspath(self._path)
-    if '://' in path:
+    if not is_local(path):
       found = self._path.stat()
       return {'path': path, 'size': found.length, 'changed': found.mtime}
     found = os.stat(path)
@@ -214,7 +214,7 @@ class TfdsSource(Source):
   @functools.cached_property
   def _builder(self) -> Any:
     builder = self._open_builder()
-    if '://' in os.fspath(builder.data_dir):
+    if not is_local(builder.data_dir):
       builder.download_and_prepare()
     else:
       # Of several processes one builds it; in the others TFDS would fail.

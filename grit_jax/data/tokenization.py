@@ -33,7 +33,7 @@ from grit_jax.data.sources import Source
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.workers import count_cores, write_parts
 from grit_jax.errors import UserError
-from grit_jax.files import LockedError, lock, publish, writing
+from grit_jax.files import LockedError, is_local, lock, publish, writing
 
 # A file that changed less than this long before it was read may have changed
 # again since, at what its file system takes for the same time.
@@ -70,7 +70,7 @@ def tokenize(
       whole, or changes meanwhile.
     UserError: The disk is full, or is no disk, or a worker was killed.
   """
-  if '://' in os.fspath(directory):
+  if not is_local(directory):
     raise UserError(
       f'{directory}: tokenized data sets need a folder on a local or mounted '
       'disk'

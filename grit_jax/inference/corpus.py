@@ -224,7 +224,7 @@ def writing_index(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     LockedError: Another command writes it.
     UserError: It cannot be written.
   """
-  if '://' in os.fspath(folder) or os.path.isfile(folder):
+  if not files.is_local(folder) or os.path.isfile(folder):
     raise UserError(f'{folder}: not a folder of a local or mounted disk')
   files.check_place(folder)
   path = pathlib.Path(folder)
